@@ -1,0 +1,66 @@
+# Short names for the commands in README.md. `make` alone lists them.
+
+VENV ?= .venv
+PYTHON ?= python3
+CONFIG ?= config/train_shakespeare_char.py
+ARGS ?=
+NGPUS ?=
+
+PY = $(VENV)/bin/python
+GPUS = $$($(PY) -c 'import torch; print(torch.cuda.device_count() or int(torch.backends.mps.is_available()))')
+# config/train_NAME.py, or config/train_NAME_char.py where only that exists; - stands for _
+RECIPE = $(firstword $(wildcard config/train_$(subst -,_,$*).py config/train_$(subst -,_,$*)_char.py) config/train_$(subst -,_,$*).py)
+SMALL_DATASETS = shakespeare_char shakespeare
+
+.PHONY: help install test train clean generate-all
+.DEFAULT_GOAL = help
+
+help:
+	@echo 'make train-shakespeare      install, prepare, train and sample: the whole tour, 2 minutes without a GPU'
+	@echo 'make test                   the test suite'
+	@echo 'make install                make $(VENV) with the pinned dependencies'
+	@echo 'make generate-DATASET       run data/DATASET/prepare.py:$(patsubst data/%/prepare.py, %,$(wildcard data/*/prepare.py))'
+	@echo 'make generate-all           prepare the small ones: $(SMALL_DATASETS)'
+	@echo 'make train-RECIPE           train config/train_RECIPE.py:$(patsubst config/train_%.py, %,$(wildcard config/train_*.py))'
+	@echo 'make sample-RECIPE          three samples from what it trained'
+	@echo 'make train CONFIG=config/train_gpt2.py NGPUS=8 ARGS="--max_iters=10"'
+	@echo '                            any recipe; NGPUS: all that are visible, unless given'
+	@echo 'make clean                  remove $(VENV) and caches; data and trained runs (out-*) stay'
+
+# done again only when pyproject.toml has changed since
+install:
+	@cmp -s pyproject.toml $(VENV)/pyproject.installed || { \
+	  set -e; test -x $(PY) || $(PYTHON) -m venv $(VENV); \
+	  echo 'installing into $(VENV) ...'; $(PY) -m pip install --quiet --disable-pip-version-check -e '.[test]'; \
+	  cp pyproject.toml $(VENV)/pyproject.installed; }
+
+test: install
+	$(PY) -m pytest -q $(ARGS)
+
+generate-all: $(addprefix generate-,$(SMALL_DATASETS))
+
+generate-%: install
+	$(PY) data/$(subst -,_,$*)/prepare.py
+
+# without a GPU: the overlay config/cpu.py; on one: plain python; on several: torchrun
+train: install
+	@set -e; test -f '$(CONFIG)' || { echo 'error: no recipe $(CONFIG); make lists them' >&2; exit 2; }; \
+	dataset=$$(sed -n "s/^dataset *= *['\"]\([^'\"]*\).*/\1/p" $(CONFIG)); dataset=data/$${dataset:-openwebtext}; \
+	test -f $$dataset/train.bin -a -f $$dataset/val.bin || $(PY) $$dataset/prepare.py; \
+	gpus=$(GPUS); n=$(NGPUS); n=$${n:-$$gpus}; overlay=; test $$gpus -gt 0 || overlay=config/cpu.py; \
+	launch='$(PY)'; test $$n -le 1 || launch="$(VENV)/bin/torchrun --standalone --nproc_per_node=$$n"; \
+	set -x; $$launch train.py $(CONFIG) $$overlay $(ARGS)
+
+train-%:
+	@$(MAKE) --no-print-directory train CONFIG=$(RECIPE)
+
+sample-%: install
+	$(PY) sample.py $(firstword $(wildcard config/sample_$(subst -,_,$*).py) $(RECIPE)) --num_samples=3
+
+train-shakespeare:
+	@$(MAKE) --no-print-directory train CONFIG=config/train_shakespeare_char.py
+	@$(MAKE) --no-print-directory sample-shakespeare_char
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,129 @@
+"""
+How fast does this machine train? Times the step of train.py and sets it beside what the machine can do.
+
+$ python bench.py config/train_shakespeare_char.py config/cpu.py
+$ python bench.py config/train_gpt2.py --real_data=False
+$ python bench.py config/train_shakespeare_char.py --profile=True    # writes trace.json for chrome://tracing
+"""
+
+from configurator import configure
+
+# -----------------------------------------------------------------------------
+# what to time
+steps = 20 # measured steps; the figures are medians over them
+warmup_steps = 5 # unmeasured ones before, compilation included
+real_data = True # False: random tokens, so that nothing need be prepared
+profile = False # True: also write trace.json with torch's profiler
+# data
+dataset = 'openwebtext' # a folder of data/ that was prepared
+batch_size = 12 # sequences per step
+block_size = 1024 # tokens per sequence
+seed = 1337 # of weights and data
+# model
+n_layer = 12 # blocks
+n_head = 12 # attention heads per block
+n_embd = 768 # width
+dropout = 0.0 # costs time too
+bias = False # biases in Linears and LayerNorms
+# system
+device = 'auto' # 'cpu', 'cuda', 'cuda:1', 'mps'
+dtype = 'auto' # 'float32', 'bfloat16', 'float16'
+compile: bool | str = 'auto' # torch.compile
+config, given = configure(globals(), also=('train.py',)) # a training recipe tells the sizes
+
+# -----------------------------------------------------------------------------
+import os
+import statistics
+import time
+
+import torch
+
+from data.loader import Loader
+from data.tokenizer import GPT2, load_meta
+from device import DTYPES, autocast, peak_flops, resolve, tune
+from model import GPT, GPTConfig
+
+if steps < 1:
+    raise ValueError(f'steps={steps} must be at least 1')
+device, dtype, compile = resolve(device, dtype, compile)
+tune(device)
+torch.manual_seed(seed)
+ctx = autocast(device, dtype)
+
+# -----------------------------------------------------------------------------
+# data and model
+if real_data:
+    data_dir = os.path.join('data', dataset)
+    meta_path = os.path.join(data_dir, 'meta.pkl')
+    meta = load_meta(meta_path) if os.path.exists(meta_path) else GPT2
+    vocab_size = meta['vocab_size'] if 'stoi' in meta else GPTConfig.vocab_size
+    batches = Loader(os.path.join(data_dir, 'train.bin'), block_size, batch_size, vocab_size, seed).train_batches(0, 1, 0, 1, device)
+else:
+    vocab_size = GPTConfig.vocab_size
+    X, Y = torch.randint(vocab_size, (2, batch_size, block_size), device=device)
+    batches = iter(lambda: (X, Y), None)
+raw_model = model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias)).to(device)
+optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), device.partition(':')[0])
+scaler = torch.amp.GradScaler(enabled=dtype == 'float16')
+if compile:
+    model = torch.compile(model, dynamic=False)
+
+# -----------------------------------------------------------------------------
+# the step, with a clock between its parts
+def clock():
+    """Seconds, once the device has done all it was given."""
+    if device != 'cpu':
+        getattr(torch, device.partition(':')[0]).synchronize()
+    return time.perf_counter()
+
+def step():
+    """One training step: seconds of data, forward, backward, optimizer."""
+    ticks = [clock()]
+    X, Y = next(batches)
+    ticks.append(clock())
+    with ctx:
+        _, loss = model(X, Y)
+    ticks.append(clock())
+    scaler.scale(loss).backward()
+    ticks.append(clock())
+    scaler.unscale_(optimizer)
+    torch.nn.utils.clip_grad_norm_(raw_model.parameters(), 1.0)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    ticks.append(clock())
+    return [b - a for a, b in zip(ticks, ticks[1:])]
+
+def matmul_ceiling(n=2048, repeats=10):
+    """FLOP/s of a large square matmul in the dtype of the run: the honest ceiling of this machine, now."""
+    a, b = torch.randn(2, n, n, device=device).to(DTYPES[dtype])
+    seconds = []
+    for _ in range(repeats):
+        t = clock()
+        a @ b
+        seconds.append(clock() - t)
+    return 2 * n**3 / statistics.median(seconds)
+
+# -----------------------------------------------------------------------------
+t = clock()
+for _ in range(warmup_steps):
+    step()
+print(f'{raw_model.get_num_params() / 1e6:.2f}M parameters on {device}, {dtype}{", compiled" if compile else ""}; '
+      f'{warmup_steps} steps of warmup took {clock() - t:.1f} s')
+parts = [step() for _ in range(steps)]
+totals = sorted(map(sum, parts))
+dt = statistics.median(totals)
+for name, seconds in zip(('data', 'forward', 'backward', 'optimizer'), zip(*parts)):
+    print(f'  {name:<10} {statistics.median(seconds) * 1000:9.2f} ms')
+print(f'  step       {dt * 1000:9.2f} ms   (median of {steps}, {totals[0] * 1000:.2f} to {totals[-1] * 1000:.2f})')
+print(f'  {batch_size * block_size / dt:,.0f} tokens/s')
+ceiling = matmul_ceiling()
+print(f'  {raw_model.estimate_mfu(batch_size, dt, ceiling) * 100:.1f}% of a 2048 x 2048 matmul on this machine now ({ceiling / 1e12:.3f} TFLOP/s)')
+if peak_flops(device, dtype):
+    print(f'  {raw_model.estimate_mfu(batch_size, dt, peak_flops(device, dtype)) * 100:.1f}% MFU (data sheet: {peak_flops(device, dtype) / 1e12:.0f} TFLOP/s)')
+if profile:
+    with torch.profiler.profile() as trace:
+        step()
+    trace.export_chrome_trace('trace.json')
+    print(trace.key_averages().table(sort_by='self_cpu_time_total' if device == 'cpu' else 'self_device_time_total', row_limit=12, max_name_column_width=40))
+    print('wrote trace.json; open it in chrome://tracing or ui.perfetto.dev')

@@ -1,0 +1,24 @@
+# An overlay: any recipe, dialled down until two CPU cores train it in about a minute and a half.
+#   launch     python train.py config/train_shakespeare_char.py config/cpu.py
+# It says how, not what: dataset, out_dir and the rest stay the recipe's own.
+
+device = 'cpu'
+compile = False # compiling would take longer than it saves here
+
+gradient_accumulation_steps = 1
+batch_size = 12
+block_size = 64 # 12 * 64 = 768 tokens per iteration
+n_layer = 4
+n_head = 4
+n_embd = 128 # 0.8M parameters, plus the vocabulary's
+dropout = 0.0 # so small a network cannot overfit in so short a time
+
+max_iters = 2000
+lr_decay_iters = 2000
+warmup_iters = 100
+learning_rate = 1e-3
+min_lr = 1e-4
+beta2 = 0.99
+eval_interval = 250
+eval_iters = 20
+log_interval = 10

@@ -1,0 +1,193 @@
+"""
+Knobs. A script states its settings as plain globals, each with a trailing comment, then calls
+
+    config, given = configure(globals())
+
+and from that line on the globals hold what the command line asked for:
+
+    python train.py config/train_gpt2.py config/cpu.py --batch_size=4 --out_dir=out-try
+
+Config files (plain Python) and --name=value flags apply from left to right. The value is
+everything after the first '='. `--help` prints every knob with its comment, by section.
+"""
+
+import ast
+import difflib
+import linecache
+import os
+import sys
+import tokenize
+import traceback
+from typing import NamedTuple
+
+
+class Knob(NamedTuple):
+    name: str
+    types: tuple[str, ...]  # what it may hold: 'int', 'float', 'bool', 'str', 'list', 'None'
+    default: str            # as written in the script
+    comment: str            # the comment that trails it
+    section: str            # the comment line above its group
+
+
+def fail(message):
+    """Say what is wrong in one line and leave with exit code 2."""
+    rank = f"[rank {os.environ['RANK']}] " if 'RANK' in os.environ else ''
+    print(f'{rank}error: {message}', file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def configure(ns, also=()):
+    """
+    Overwrite the knobs in `ns`, the calling script's globals(), from sys.argv.
+
+    A knob is a global assigned above the call; its type is its default's, or its annotation's
+    (`stop: str | None = None`). `also` names scripts whose knobs may stand in a config file and
+    are passed over, so that bench.py and sample.py can read a training recipe.
+
+    Returns (config, given): all knobs as a dict, and the set of names that a file or flag set.
+    Every mistake of the user's ends in one line and exit code 2, here and (through
+    sys.excepthook) in the rest of the script.
+    """
+    sys.excepthook = one_line_errors
+    knobs = read_knobs(ns['__file__'], ns)
+    passed_over = {name for script in also for name in read_knobs(os.path.join(os.path.dirname(__file__), script))}
+    if {'-h', '--help'} & set(sys.argv[1:]):
+        print_help(ns, knobs)
+        raise SystemExit(0)
+    given = set()
+    for arg in sys.argv[1:]:
+        if arg.startswith('-'):
+            settings = read_flag(arg, knobs)
+        else:
+            settings = run_file(arg, {name: ns[name] for name in knobs}, knobs, passed_over)
+        for name, (value, where) in settings.items():
+            ns[name] = fit(knobs[name], value, where)
+            given.add(name)
+    return {name: ns[name] for name in knobs}, given
+
+
+def read_knobs(path, ns=None):
+    """
+    The knobs of a script, {name: Knob}, read from its text: assignments to lower-case names above its
+    call of configure(). A comment on a line of its own heads the section that follows.
+    """
+    with tokenize.open(path) as f:
+        source = f.read()
+    with open(path, 'rb') as f:
+        comments = {t.start[0]: t for t in tokenize.tokenize(f.readline) if t.type == tokenize.COMMENT}
+    headings = {row: t.string.strip('# -') for row, t in comments.items() if not t.line[:t.start[1]].strip()}
+    knobs = {}
+    for node in ast.parse(source).body:
+        if any(isinstance(n, ast.Call) and getattr(n.func, 'id', '') == 'configure' for n in ast.walk(node)):
+            break
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            name = node.targets[0].id
+            kinds = (type(ns[name]).__name__,) if ns else ()
+        elif isinstance(node, ast.AnnAssign):
+            name = node.target.id
+            kinds = tuple(kind.strip() for kind in ast.unparse(node.annotation).split('|'))
+        else:
+            continue
+        if name != name.lower():
+            continue # a constant
+        comment = comments[node.end_lineno].string.lstrip('# ') if node.end_lineno in comments else ''
+        section = next((headings[row] for row in sorted(headings, reverse=True) if row < node.lineno and headings[row]), '')
+        knobs[name] = Knob(name, kinds, ast.unparse(node.value), comment, section)
+    return knobs
+
+
+def read_flag(arg, knobs):
+    """'--name=text' as {name: (value, where)}."""
+    name, equals, text = arg.lstrip('-').partition('=')
+    if name not in knobs:
+        fail(f'unknown flag {arg.partition("=")[0]}{did_you_mean(name.replace("-", "_"), knobs, "--")}; --help lists all')
+    if not arg.startswith('--') or not equals:
+        fail(f'{arg}: write --{name}=VALUE, for instance --{name}={knobs[name].default}')
+    knob, word = knobs[name], text.strip()
+    if knob.types == ('str',):
+        return {name: (text, arg)}
+    if word.lower() in ('true', 'false'):
+        value = word.lower() == 'true'
+    else:
+        try:
+            value = ast.literal_eval(word)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            value = text
+    # where text is allowed too, only what is plainly another of the knob's types is not text
+    if 'str' in knob.types and type(value).__name__.replace('NoneType', 'None') not in knob.types:
+        value = text
+    return {name: (value, arg)}
+
+
+def run_file(path, scope, knobs, passed_over):
+    """Execute a config file over the current knob values: {name: (value, where)} for what it assigned."""
+    if not os.path.isfile(path):
+        folder = os.path.dirname(path) or 'config'
+        files = [os.path.join(folder, name) for name in os.listdir(folder)] if os.path.isdir(folder) else []
+        fail(f'config file {path} not found{f"; a flag is written --{path}" if "=" in path else did_you_mean(path, files)}')
+    scope.update(__file__=path, __name__='config')
+    try:
+        with tokenize.open(path) as f:
+            tree = ast.parse(f.read(), path)
+        exec(compile(tree, path, 'exec'), scope)
+    except SyntaxError as e:
+        fail(f'{path}:{e.lineno}: {e.msg}' if e.lineno else f'{path}: {e.msg or e}')
+    except Exception as e:
+        lines = [row for frame, row in traceback.walk_tb(e.__traceback__) if frame.f_code.co_filename == path]
+        fail(f'{path}:{lines[-1] if lines else "?"}: {type(e).__name__}: {e}')
+    stored = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+    settings = {}
+    for node in sorted(stored, key=lambda n: n.lineno):
+        name, where = node.id, f'{path}:{node.lineno}'
+        if name in knobs:
+            settings[name] = (scope[name], where)
+        elif name in scope and not name.startswith('_') and name not in passed_over:
+            fail(f'{where}: unknown knob {name!r}{did_you_mean(name, knobs)} (a helper of your own starts with _)')
+    return settings
+
+
+def fit(knob, value, where):
+    """`value` as one of the knob's types: an int fits a float knob, 2e3 an int knob, 0 and 1 a bool knob."""
+    kind = type(value).__name__.replace('NoneType', 'None').replace('tuple', 'list')
+    if kind in knob.types:
+        return list(value) if kind == 'list' else value
+    if kind == 'int' and 'float' in knob.types and abs(value) < 1e300:
+        return float(value)
+    if kind == 'float' and 'int' in knob.types and value.is_integer():
+        return int(value)
+    if kind == 'int' and 'bool' in knob.types and value in (0, 1):
+        return bool(value)
+    fail(f'{where}: {knob.name} takes {" or ".join(knob.types)}, not {value!r} (default {knob.default})')
+
+
+def did_you_mean(word, choices, prefix=''):
+    near = difflib.get_close_matches(word, list(choices), 1, 0.6)
+    return f', did you mean {prefix}{near[0]}?' if near else ''
+
+
+def print_help(ns, knobs):
+    print((ns.get('__doc__') or '').strip())
+    section = None
+    for knob in knobs.values():
+        if knob.section != section:
+            section = knob.section
+            print(f'\n{section}')
+        print(f'  {"--" + knob.name + "=" + knob.default:<42} {knob.comment}'.rstrip())
+
+
+def one_line_errors(kind, error, trace):
+    """
+    sys.excepthook: an error that our own code raised on purpose is a message to the user, one line
+    and exit code 2. Everything else is a bug and keeps its traceback.
+    """
+    last = trace
+    while last and last.tb_next:
+        last = last.tb_next
+    path = os.path.abspath(last.tb_frame.f_code.co_filename) if last else ''
+    ours = path.startswith(os.path.dirname(os.path.abspath(__file__)) + os.sep) and 'site-packages' not in path
+    if issubclass(kind, (ValueError, OSError)) and ours and linecache.getline(path, last.tb_lineno).lstrip().startswith('raise '):
+        fail(' '.join(str(error).split()))
+    if issubclass(kind, KeyboardInterrupt):
+        print('\ninterrupted', file=sys.stderr, flush=True)
+        raise SystemExit(130)
+    sys.__excepthook__(kind, error, trace)

@@ -1,0 +1,129 @@
+"""
+Batches. The batch of an iteration is a pure function of (seed, iteration): windows of
+block_size + 1 tokens, visited in a random order that never repeats within an epoch. So nothing
+about the data needs saving, any number of processes sees the same global batches, and a thread
+can work ahead.
+"""
+
+import itertools
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+
+def mix(x):
+    """splitmix64's finaliser: uint64 array -> well-mixed uint64 array (Steele et al. 2014)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def permute(index, n, seed):
+    """
+    Where `index` (array of ints in [0, n)) lands in the seed-th random permutation of range(n).
+
+    A Feistel network over the smallest even number of bits that holds n, walked until the result
+    falls below n (Black & Rogaway 2002): no table, so a billion windows cost what ten do.
+    """
+    half = np.uint64(((n - 1).bit_length() + 1) // 2 or 1)
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    x = np.array(index, dtype=np.uint64, ndmin=1)
+    todo = np.ones(len(x), dtype=bool)
+    with np.errstate(over='ignore'):
+        keys = mix(np.uint64(seed % 2**64) + np.arange(1, 7, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+        while todo.any():
+            left, right = x[todo] >> half, x[todo] & mask
+            for key in keys:
+                left, right = right, left ^ (mix(right + key) & mask)
+            x[todo] = left << half | right
+            todo = x >= n
+    return x.astype(np.int64)
+
+
+class Loader:
+    """One split's tokens, a .bin file of uint16, cut into training batches and fixed validation windows."""
+
+    def __init__(self, path, block_size, batch_size, vocab_size, seed=1337):
+        """
+        block_size, batch_size: the shape of a batch is (batch_size, block_size)
+        vocab_size: ids at or beyond it raise a ValueError; so do a missing file and one that is too short
+        """
+        folder = os.path.dirname(path)
+        if not os.path.exists(path):
+            raise FileNotFoundError(f'{path} not found; prepare the dataset first: python {folder}/prepare.py')
+        if os.path.getsize(path) // 2 < block_size + 1:
+            raise ValueError(f'{path} has {os.path.getsize(path) // 2:,} tokens, block_size={block_size} needs at least {block_size + 1:,}; lower --block_size')
+        self.path, self.block_size, self.batch_size, self.vocab_size, self.seed = path, block_size, batch_size, vocab_size, seed
+        self.tokens = np.memmap(path, dtype=np.uint16, mode='r')
+        self.windows = np.lib.stride_tricks.sliding_window_view(self.tokens, block_size + 1)  # (N - T, T + 1), a view
+        self.check(self.tokens[:50_000_000])  # the rest is checked batch by batch
+
+    def check(self, ids):
+        if ids.max() >= self.vocab_size:
+            raise ValueError(f'{self.path} has token id {ids.max()}, but vocab_size is {self.vocab_size}; '
+                             f'was the dataset prepared with another tokenizer?')
+
+    def gather(self, starts):
+        """Windows that begin at `starts` (B,): inputs and targets, int64 tensors of shape (B, T)."""
+        windows = self.windows[starts]
+        self.check(windows)
+        windows = torch.from_numpy(windows.astype(np.int64))
+        return windows[:, :-1], windows[:, 1:]
+
+    def train_starts(self, first, rows):
+        """
+        Where the training windows number first ... first + rows - 1 of this run begin (rows,).
+
+        An epoch is as many whole windows as fit side by side, shifted by a random phase that
+        changes with the epoch, so that the cuts between windows move.
+        """
+        N, T = len(self.tokens), self.block_size
+        per_epoch = max(1, (N - T) // T)
+        number = np.arange(first, first + rows)
+        starts = np.empty(rows, dtype=np.int64)
+        for epoch in np.unique(number // per_epoch):
+            here = number // per_epoch == epoch
+            key = self.seed * 1_000_003 + int(epoch)
+            phase = permute([0], N - per_epoch * T, key)[0]
+            starts[here] = permute(number[here] % per_epoch, per_epoch, key) * T + phase
+        return starts
+
+    def train_batches(self, iteration, micro_steps, rank, world_size, device):
+        """
+        Endless micro-batches (X, Y) on `device` for one process, from `iteration` on, micro_steps to
+        an iteration. The global batch is dealt out so that ranks times micro-steps make no difference
+        to what it holds. A thread prepares one ahead, in pinned memory for CUDA.
+        """
+        pin = 'cuda' in device
+
+        def load(iteration, micro_step):
+            row = ((iteration * micro_steps + micro_step) * world_size + rank) * self.batch_size
+            X, Y = self.gather(self.train_starts(row, self.batch_size))
+            return (X.pin_memory(), Y.pin_memory()) if pin else (X, Y)
+
+        with ThreadPoolExecutor(1) as ahead:
+            steps = ((i, m) for i in itertools.count(iteration) for m in range(micro_steps))
+            batch = ahead.submit(load, *next(steps))
+            for step in steps:
+                X, Y = batch.result()
+                batch = ahead.submit(load, *step)
+                yield X.to(device, non_blocking=pin), Y.to(device, non_blocking=pin)
+
+    def eval_batches(self, max_batches, rank, world_size, device):
+        """
+        This rank's share of the fixed windows that loss is measured on: the whole split, side by side,
+        when it fits in max_batches * batch_size windows, else that many spread evenly. All batches have
+        the same shape; what fills up the last one has targets of -1, which do not count.
+        """
+        total = (len(self.tokens) - 1) // self.block_size
+        count = min(total, max_batches * self.batch_size)
+        starts = np.arange(count) * total // count * self.block_size
+        for b in range(rank * self.batch_size, count, world_size * self.batch_size):
+            here = starts[b:b + self.batch_size]
+            missing = self.batch_size - len(here)
+            X, Y = self.gather(np.append(here, np.repeat(here[:1], missing)))
+            if missing:
+                Y = torch.cat([Y[:len(here)], torch.full_like(Y[len(here):], -1)])
+            yield X.to(device), Y.to(device)

@@ -1,0 +1,95 @@
+"""What this machine can do: which device, number format and compiler a script uses when its knobs say 'auto'."""
+
+import ctypes
+import importlib.util
+import os
+import shutil
+import sys
+
+import torch
+
+DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+
+# Peak dense FLOP/s of the matrix units in bf16/fp16, from the makers' data sheets (without sparsity).
+# Matched against the start of the name that CUDA reports; a GPU that is not here gets no MFU.
+PEAK_FLOPS = {
+    'NVIDIA H200': 989e12,
+    'NVIDIA H100 PCIe': 756e12,
+    'NVIDIA H100 NVL': 835e12,
+    'NVIDIA H100': 989e12,
+    'NVIDIA A100': 312e12,
+    'NVIDIA L40S': 362e12,
+    'NVIDIA L4': 121e12,
+    'NVIDIA A10G': 70e12,
+    'NVIDIA GeForce RTX 4090': 165e12,
+    'NVIDIA GeForce RTX 3090': 71e12,
+    'Tesla V100': 125e12,
+    'Tesla T4': 65e12,
+}
+
+
+def resolve(device, dtype, compile):
+    """
+    The knobs device, dtype, compile with every 'auto' replaced by what suits this machine.
+
+    device: 'cuda' (this process's GPU under torchrun), 'mps' or 'cpu', or as given
+    dtype: bfloat16 on GPUs that have it in hardware (compute capability 8.0 up), float16 on older
+        ones, float32 on CPU and MPS
+    compile: on GPUs that Triton supports (capability 7.0 up)
+    Raises ValueError for a device that is not there, an unknown dtype, a compile that is neither.
+    """
+    if device == 'auto':
+        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    kind, _, number = device.partition(':')
+    if kind not in ('cuda', 'mps', 'cpu') or (number and not number.isdigit()):
+        raise ValueError(f"device={device!r} is none of 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
+    if kind == 'cuda' and not torch.cuda.is_available():
+        why = 'this torch has no CUDA support' if torch.version.cuda is None else 'torch finds no usable GPU'
+        raise ValueError(f"device={device!r}: {why}; try --device=auto or --device=cpu")
+    if kind == 'cuda':
+        number = number or os.environ.get('LOCAL_RANK', '0')
+        if int(number) >= torch.cuda.device_count():
+            raise ValueError(f'device cuda:{number}: this machine has {torch.cuda.device_count()} GPU(s), numbered from 0')
+        device = f'cuda:{number}'
+    if kind == 'mps' and not torch.backends.mps.is_available():
+        raise ValueError("device='mps': no Apple GPU here; try --device=auto or --device=cpu")
+    capability = torch.cuda.get_device_capability(device) if kind == 'cuda' else (0, 0)
+    if dtype == 'auto':
+        dtype = 'float32' if kind != 'cuda' else 'bfloat16' if capability >= (8, 0) else 'float16'
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is none of 'auto', 'float32', 'bfloat16', 'float16'")
+    if dtype == 'float16' and kind != 'cuda':
+        raise ValueError(f"dtype='float16' needs a CUDA device (its gradients are scaled); on {kind} use float32 or bfloat16")
+    if compile == 'auto':
+        compile = capability >= (7, 0) and importlib.util.find_spec('triton') is not None
+    if not isinstance(compile, bool):
+        raise ValueError(f"compile={compile!r} is none of 'auto', True, False")
+    if compile and kind == 'cpu' and not any(map(shutil.which, ('c++', 'g++', 'clang++', 'cl'))):
+        raise ValueError('compile=True on CPU needs a C++ compiler (g++, clang++ or MSVC); use --compile=False')
+    return device, dtype, compile
+
+
+def tune(device):
+    """Settings of torch and the C library that cost nothing and help: TF32 on GPUs, no page faults on CPU."""
+    torch.set_float32_matmul_precision('high') # TF32 where the hardware has it; no effect on CPU
+    if 'cpu' in device and sys.platform == 'linux':
+        # glibc gives every tensor over 32 MB pages of its own, and each page faults when first touched: a
+        # fifth of a training step (8.7 against 7.1 s at 10.65M parameters, measured). So let it keep freed memory.
+        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3 # mallopt(3)
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, 'mallopt'):
+            libc.mallopt(M_MMAP_THRESHOLD, 2**30)
+            libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def autocast(device, dtype):
+    """The context that runs matmuls in `dtype`; it does nothing for float32."""
+    return torch.autocast(device_type=device.partition(':')[0], dtype=DTYPES[dtype], enabled=dtype != 'float32')
+
+
+def peak_flops(device, dtype):
+    """Data-sheet FLOP/s of this device in this dtype, or None where unknown."""
+    if 'cuda' not in device or dtype == 'float32':
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for start, peak in PEAK_FLOPS.items() if name.startswith(start)), None)

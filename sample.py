@@ -1,0 +1,82 @@
+"""
+Text in, text out: sample from a trained run, any checkpoint, or GPT-2.
+
+$ python sample.py --out_dir=out-shakespeare-char --start="ROMEO:"
+$ python sample.py --init_from=gpt2-xl --start="What is the answer to life?" --num_samples=5 --max_new_tokens=100
+$ python sample.py --start=FILE:prompt.txt
+"""
+
+from configurator import configure
+
+# -----------------------------------------------------------------------------
+# what from
+init_from = 'resume' # 'resume' (out_dir/ckpt.pt), a GPT-2 name, or a path to a checkpoint
+out_dir = 'out' # folder of the run to sample from
+# what
+start = '\n' # the prompt, or FILE:name to read it from a file
+num_samples = 10 # texts to draw
+max_new_tokens = 500 # tokens in each
+temperature = 0.8 # below 1.0 less surprising, above it more, 0 always the most likely token
+top_k = 200 # draw from so many most likely tokens only, 0 for all
+seed = 1337 # the same seed gives the same texts
+# system
+device = 'auto' # 'cpu', 'cuda', 'cuda:1', 'mps'
+dtype = 'auto' # 'float32', 'bfloat16', 'float16'
+compile: bool | str = False # torch.compile: pays only for very long texts
+config, given = configure(globals(), also=('train.py',)) # a training recipe tells out_dir and device
+
+# -----------------------------------------------------------------------------
+import os
+
+import torch
+
+import checkpoint as ckpt
+from data.tokenizer import GPT2, check_meta, from_meta, load_meta
+from device import autocast, resolve, tune
+from model import GPT
+
+for name in ('num_samples', 'max_new_tokens'):
+    if config[name] < 1:
+        raise ValueError(f'{name}={config[name]} must be at least 1')
+if temperature < 0 or top_k < 0:
+    raise ValueError(f'temperature={temperature} and top_k={top_k} must not be negative')
+if start.startswith('FILE:') and not os.path.isfile(start[5:]):
+    raise FileNotFoundError(f'prompt file {start[5:]} not found')
+device, dtype, compile = resolve(device, dtype, compile)
+tune(device)
+torch.manual_seed(seed)
+
+# -----------------------------------------------------------------------------
+# model, and the tokenizer that came with it
+if init_from.startswith('gpt2') or os.path.exists(os.path.join(init_from, 'config.json')):
+    model, meta = GPT.from_pretrained(init_from, dict(dropout=0.0)), GPT2
+else:
+    loaded = ckpt.load(os.path.join(out_dir, 'ckpt.pt') if init_from == 'resume' else init_from)
+    model = ckpt.build_model(loaded)
+    meta = loaded.get('meta')
+    if meta is None: # nanoGPT's checkpoints leave the tokenizer with the dataset
+        meta_path = os.path.join('data', str(loaded.get('config', {}).get('dataset')), 'meta.pkl')
+        meta = load_meta(meta_path) if os.path.exists(meta_path) else GPT2
+    if check_meta(meta, loaded['path'])['vocab_size'] > model.config.vocab_size:
+        raise ValueError(f'{loaded["path"]} has {model.config.vocab_size} token ids and comes without its tokenizer; prepare its dataset first')
+model.eval().to(device)
+if compile:
+    model.forward = torch.compile(model.forward, dynamic=True)
+tokenizer = from_meta(meta)
+
+# -----------------------------------------------------------------------------
+# text in
+if start.startswith('FILE:'):
+    with open(start[5:], encoding='utf-8') as f:
+        start = f.read()
+ids = tokenizer.encode(start)
+if not ids:
+    raise ValueError('the prompt is empty; give at least one character: --start=...')
+
+# text out
+idx = torch.tensor([ids] * num_samples, device=device) # all samples in one batch
+with autocast(device, dtype):
+    samples = model.generate(idx, max_new_tokens, temperature, top_k or None, tokenizer.vocab_size)
+for sample in samples.tolist():
+    print(tokenizer.decode(sample))
+    print('---------------')

@@ -1,0 +1,22 @@
+SMALL = ['--device=cpu', '--compile=False', '--n_layer=1', '--n_head=2', '--n_embd=16', '--block_size=16', '--batch_size=2', '--steps=2']
+
+
+def test_a_step_is_timed_in_its_parts_beside_the_machines_ceiling(project):
+    out = project.run('bench.py', *SMALL, '--dataset=tiny').stdout
+    for word in ('data', 'forward', 'backward', 'optimizer', 'tokens/s', 'matmul on this machine'):
+        assert word in out
+    assert 'MFU' not in out # there is no data sheet for a CPU
+
+
+def test_random_data_needs_no_dataset_and_a_profile_is_written(project):
+    out = project.run('bench.py', *SMALL, '--real_data=False', '--profile=True').stdout
+    assert 'wrote trace.json' in out and (project.path / 'trace.json').stat().st_size > 1000
+
+
+def test_a_recipe_tells_the_sizes(project):
+    out = project.run('bench.py', 'config/train_shakespeare_char.py', 'config/cpu.py', '--dataset=tiny', '--steps=1', '--warmup_steps=0').stdout
+    assert '0.79M parameters' in out
+
+
+def test_a_missing_dataset_is_one_line(project):
+    assert 'python data/poems/prepare.py' in project.error('bench.py', *SMALL, '--dataset=poems')

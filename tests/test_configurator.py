@@ -1,0 +1,137 @@
+import subprocess
+import sys
+import time
+
+import pytest
+
+from configurator import read_knobs
+from conftest import ROOT
+
+SCRIPT = f'''
+"""A script with a knob of every kind."""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from configurator import configure
+# sizes
+batch_size = 12 # sequences per step
+learning_rate = 6e-4 # the highest
+# switches
+eval_only = False # stop after evaluating
+start = 'x' # the prompt
+stop: str | None = None # text to stop at
+start_list: str | list = 'a' # one prompt or several
+compile: bool | str = 'auto' # or True, False
+n: int | None = None # a number, perhaps
+config, given = configure(globals())
+print(config, sorted(given))
+'''
+
+
+@pytest.fixture
+def run(tmp_path):
+    (tmp_path / 'script.py').write_text(SCRIPT)
+    (tmp_path / 'config').mkdir()
+    (tmp_path / 'config' / 'a.py').write_text('import math\n_two = 2\nbatch_size = 5 * _two\nlearning_rate = 1\n')
+    (tmp_path / 'config' / 'b.py').write_text('batch_size = batch_size + 1\n')
+
+    def run(*args):
+        done = subprocess.run([sys.executable, 'script.py', *args], cwd=tmp_path, text=True, capture_output=True)
+        if done.returncode == 0:
+            return done.stdout
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+        return done.stderr.strip()
+
+    run.folder = tmp_path
+    return run
+
+
+@pytest.mark.parametrize('flag, shown', [
+    ('--batch_size=3', "'batch_size': 3"),
+    ('--batch_size=2e3', "'batch_size': 2000"),
+    ('--batch_size=1_000', "'batch_size': 1000"),
+    ('--learning_rate=1', "'learning_rate': 1.0"),
+    ('--learning_rate=1e-3', "'learning_rate': 0.001"),
+    ('--eval_only=true', "'eval_only': True"),
+    ('--eval_only=1', "'eval_only': True"),
+    ('--start=2+2=4', "'start': '2+2=4'"),
+    ('--start=123', "'start': '123'"),
+    ('--start=None', "'start': 'None'"),
+    ('--start=', "'start': ''"),
+    ('--stop=None', "'stop': None"),
+    ('--stop=12', "'stop': '12'"),
+    ("--start_list=['a', 'b']", "'start_list': ['a', 'b']"),
+    ('--start_list=plain', "'start_list': 'plain'"),
+    ('--compile=False', "'compile': False"),
+    ('--compile=auto', "'compile': 'auto'"),
+    ('--n=4', "'n': 4"),
+    ('--n=None', "'n': None"),
+])
+def test_a_value_arrives_as_its_knobs_type(run, flag, shown):
+    assert shown in run(flag)
+
+
+def test_files_and_flags_apply_from_left_to_right(run):
+    assert "'batch_size': 10," in run('config/a.py')
+    assert "'batch_size': 11," in run('config/a.py', 'config/b.py')
+    assert "'batch_size': 4," in run('--batch_size=3', 'config/b.py')
+    assert "'batch_size': 7," in run('config/a.py', 'config/b.py', '--batch_size=7')
+
+
+def test_given_names_what_was_set_even_to_its_default(run):
+    assert "['batch_size', 'learning_rate']" in run('config/a.py', '--batch_size=12')
+
+
+@pytest.mark.parametrize('flag, message', [
+    ('--bath_size=3', 'unknown flag --bath_size, did you mean --batch_size?'),
+    ('--batch-size=3', 'did you mean --batch_size?'),
+    ('--zzz=3', 'unknown flag --zzz; --help'),
+    ('--batch_size', 'write --batch_size=VALUE, for instance --batch_size=12'),
+    ('-batch_size=3', 'write --batch_size='),
+    ('--batch_size=abc', "batch_size takes int, not 'abc' (default 12)"),
+    ('--batch_size=1.5', 'batch_size takes int'),
+    ('--batch_size=True', 'batch_size takes int'),
+    ('--batch_size=None', 'batch_size takes int'),
+    ('--learning_rate=fast', 'learning_rate takes float'),
+    ('--eval_only=2', 'eval_only takes bool'),
+    ('--n=x', 'n takes int or None'),
+    ('config/c.py', 'config file config/c.py not found, did you mean config/'),
+    ('batch_size=3', 'a flag is written --batch_size=3'),
+    ('nowhere/c.py', 'config file nowhere/c.py not found'),
+])
+def test_a_mistake_on_the_command_line_is_one_line(run, flag, message):
+    assert message in run(flag)
+
+
+@pytest.mark.parametrize('text, message', [
+    ('batch_size = 1\nbath_size = 3\n', "bad.py:2: unknown knob 'bath_size', did you mean batch_size?"),
+    ('batch_size = "many"\n', "bad.py:1: batch_size takes int, not 'many'"),
+    ('batch_size = 3\nbatch_size = = 4\n', 'bad.py:2: invalid syntax'),
+    ('\nbatch_size = nonsense\n', 'bad.py:2: NameError'),
+    ('def f():\n    return 1 / 0\nbatch_size = f()\n', 'bad.py:2: ZeroDivisionError'),
+    ('batch_size = 3\x00\n', 'bad.py'),
+])
+def test_a_mistake_in_a_config_file_is_one_line_with_its_place(run, text, message):
+    (run.folder / 'bad.py').write_text(text)
+    assert message in run('bad.py')
+
+
+def test_help_prints_every_knob_with_default_comment_and_section(run):
+    out = run('--help')
+    for words in ('A script with a knob of every kind.', 'sizes', '--batch_size=12', 'sequences per step', "--compile='auto'", 'switches'):
+        assert words in out
+    assert 'config' not in out.replace('configure', '')
+
+
+@pytest.mark.parametrize('script', ['train.py', 'sample.py', 'bench.py', 'data/openwebtext/prepare.py'])
+def test_help_of_every_script_is_quick_and_every_knob_has_a_comment(script):
+    start = time.time()
+    out = subprocess.run([sys.executable, script, '--help'], cwd=ROOT, text=True, capture_output=True, check=True).stdout
+    assert time.time() - start < 3
+    for knob in read_knobs(ROOT / script).values():
+        assert knob.comment and knob.section and knob.comment in out, knob.name
+
+
+def test_an_error_that_is_not_ours_keeps_its_traceback(run):
+    (run.folder / 'script.py').write_text(SCRIPT + '\nint("x")\n')
+    done = subprocess.run([sys.executable, 'script.py'], cwd=run.folder, text=True, capture_output=True)
+    assert done.returncode == 1 and 'Traceback' in done.stderr

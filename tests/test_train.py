@@ -1,0 +1,268 @@
+import ast
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint as ckpt
+from configurator import read_knobs, run_file
+from conftest import ROOT, TINY, write_dataset
+from model import GPT, GPTConfig
+from runlog import read_log
+
+TORCHRUN = (sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
+
+
+def weights(folder):
+    return ckpt.load(str(folder))['model']
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def nanogpt_checkpoint(folder, **config):
+    """A ckpt.pt as nanoGPT writes it: one file, compiled names, a tensor for the best loss, no meta."""
+    folder.mkdir()
+    torch.manual_seed(5)
+    args = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, bias=False, vocab_size=18, dropout=0.0)
+    model = GPT(GPTConfig(**args))
+    optimizer = torch.optim.AdamW([{'params': [p for p in model.parameters() if p.dim() >= 2], 'weight_decay': 0.1},
+                                   {'params': [p for p in model.parameters() if p.dim() < 2], 'weight_decay': 0.0}], lr=1e-3, betas=(0.9, 0.99))
+    idx = torch.randint(18, (4, 16))
+    model(idx, idx)[1].backward()
+    optimizer.step()
+    torch.save({'model': {f'_orig_mod.{name}': p for name, p in model.state_dict().items()}, 'optimizer': optimizer.state_dict(),
+                'model_args': args, 'iter_num': 3, 'best_val_loss': torch.tensor(9.0), 'config': {'dataset': 'tiny', **config}}, folder / 'ckpt.pt')
+    return model
+
+
+def test_a_run_learns_and_leaves_checkpoint_log_and_picture(trained):
+    folder, out = trained
+    assert {'ckpt.pt', 'optimizer-10.pt', 'log.csv', 'loss.png'} == set(os.listdir(folder))
+    rows = read_log(folder / 'log.csv')
+    assert [r['iter'] for r in rows if 'val_loss' in r] == [0, 5, 10]
+    first, last = rows[0]['val_loss'], rows[-1]['val_loss']
+    assert 2.6 < first < 3.1 and last < first - 0.3
+    assert f'step 10: train loss {rows[-1]["train_loss"]:.4f}, val loss {last:.4f}' in out
+    assert 'iter 9: loss ' in out and 'tok/s' in out and 'mfu' not in out
+    loaded = ckpt.load(str(folder))
+    assert loaded['iter_num'] == 10 and abs(loaded['best_val_loss'] - last) < 1e-6 and loaded['meta']['stoi']['b'] >= 0
+    assert loaded['config']['learning_rate'] == 1e-2 and loaded['config']['vocab_size'] == loaded['meta']['vocab_size']
+
+
+def test_the_printed_validation_loss_is_that_of_the_whole_split(project, trained):
+    out = project.run('train.py', *TINY, '--out_dir=out-trained', '--init_from=resume', '--eval_only=True', '--eval_iters=1000').stdout
+    model = ckpt.build_model(ckpt.load(str(trained[0]))).eval()
+    tokens = torch.from_numpy(np.fromfile(project.path / 'data/tiny/val.bin', dtype=np.uint16).astype(np.int64))
+    n = (len(tokens) - 1) // 16 * 16
+    with torch.no_grad():
+        loss = model(tokens[:n].view(-1, 16), tokens[1:n + 1].view(-1, 16))[1]
+    assert f'val loss {loss:.4f}' in out
+
+
+def test_the_same_command_gives_the_same_weights_and_another_seed_others(project, trained):
+    project.run('train.py', *TINY, '--out_dir=out-again')
+    project.run('train.py', *TINY, '--out_dir=out-seed', '--seed=7')
+    assert same(weights(trained[0]), weights(project.path / 'out-again'))
+    assert not same(weights(trained[0]), weights(project.path / 'out-seed'))
+
+
+def test_resumed_run_equals_uninterrupted_run_bitwise(project):
+    flags = [*TINY, '--dropout=0.2', '--gradient_accumulation_steps=3']
+    project.run('train.py', *flags, '--out_dir=out-straight')
+    project.run('train.py', *flags, '--out_dir=out-stopped', '--max_iters=5')
+    out = project.run('train.py', *flags, '--out_dir=out-stopped', '--init_from=auto').stdout
+    assert 'resuming' in out and 'iteration 5' in out
+    straight, stopped = project.path / 'out-straight', project.path / 'out-stopped'
+    assert same(weights(straight), weights(stopped))
+    a, b = (torch.load(f / 'optimizer-10.pt', weights_only=True)['state'] for f in (straight, stopped))
+    assert all(torch.equal(a[i][name], b[i][name]) for i in a for name in a[i])
+    numbers = lambda folder: [(r['iter'], r.get('loss'), r.get('val_loss')) for r in read_log(folder / 'log.csv')]
+    assert numbers(straight) == numbers(stopped)
+
+
+def test_auto_starts_from_scratch_where_there_is_no_checkpoint(project):
+    assert 'resuming' not in project.run('train.py', *TINY, '--out_dir=out-auto', '--init_from=auto', '--max_iters=1').stdout
+
+
+def test_two_processes_equal_one_with_twice_the_accumulation(project):
+    flags = [*TINY, '--gradient_accumulation_steps=4']
+    alone = project.run('train.py', *flags, '--out_dir=out-alone').stdout
+    both = project.run('train.py', *flags, '--out_dir=out-both', launcher=TORCHRUN).stdout
+    a, b = weights(project.path / 'out-alone'), weights(project.path / 'out-both')
+    assert a.keys() == b.keys() and all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
+    pick = lambda out: [line[:40] for line in out.splitlines() if line.startswith('step')]
+    assert pick(alone) == pick(both) and len(pick(both)) == 3 # the master alone prints
+
+
+def test_fine_tuning_takes_the_weights_and_nothing_else(project, trained):
+    out = project.run('train.py', *TINY, '--out_dir=out-tuned', f'--init_from={trained[0]}', '--max_iters=1', '--eval_interval=1').stdout
+    steps = [line for line in out.splitlines() if line.startswith('step')]
+    assert steps[0].startswith('step 0:') and steps[0].split(': ')[1] == trained[1].splitlines()[-2].split(': ')[1]
+
+
+def test_a_nanogpt_checkpoint_resumes(project):
+    model = nanogpt_checkpoint(project.path / 'out-nano')
+    write_dataset(project.path / 'data' / 'nano', 'abcdefghijklmnopqr' * 50)
+    out = project.run('train.py', *TINY, '--dataset=nano', '--out_dir=out-nano', '--init_from=resume', '--max_iters=6').stdout
+    assert 'at iteration 3' in out and 'iter 3: loss' in out
+    assert not same(weights(project.path / 'out-nano'), model.state_dict())
+    state = torch.load(project.path / 'out-nano' / 'optimizer-6.pt', weights_only=True)['state']
+    assert all(s['step'] == 4 for s in state.values()) # one step of nanoGPT's, three of ours
+
+
+def test_gpt2_weights_are_fine_tuned_from_a_local_folder(project):
+    from test_model import gpt2_of_transformers
+    gpt2_of_transformers().save_pretrained(project.path / 'hf')
+    out = project.run('train.py', '--init_from=hf', '--dataset=tiny', '--device=cpu', '--block_size=16', '--batch_size=2', '--max_iters=2',
+                      '--gradient_accumulation_steps=1', '--eval_iters=1', '--out_dir=out-hf').stdout
+    assert 'iter 1' in out and ckpt.load(str(project.path / 'out-hf'))['model_args']['vocab_size'] == 101
+
+
+def test_a_better_loss_alone_is_saved_when_asked_so(project):
+    project.run('train.py', *TINY, '--out_dir=out-best', '--always_save_checkpoint=False', '--learning_rate=0', '--min_lr=0', '--max_iters=5')
+    assert not (project.path / 'out-best' / 'ckpt.pt').exists()
+
+
+def test_eval_only_writes_nothing(project):
+    out = project.run('train.py', *TINY, '--eval_only=True', '--out_dir=out-none').stdout
+    assert 'step 0: train loss' in out and not (project.path / 'out-none').exists()
+
+
+def test_bfloat16_on_cpu_trains(project):
+    assert 'bfloat16' in project.run('train.py', *TINY, '--dtype=bfloat16', '--out_dir=out-bf16', '--max_iters=2').stdout
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_the_compiled_model_trains_on_a_gpu(project):
+    out = project.run('train.py', *TINY, '--device=cuda', '--compile=True', '--out_dir=out-gpu').stdout
+    assert 'compiled' in out and 'step 10' in out
+
+
+@pytest.mark.parametrize('flags, message', [
+    (['--dataset=poems'], 'data/poems/train.bin not found; prepare the dataset first: python data/poems/prepare.py'),
+    (['--block_size=100000'], 'lower --block_size'),
+    (['--n_embd=17'], 'n_embd=17 must be divisible by n_head=2: 17 / 2 = 8.50'),
+    (['--d_head=5'], 'n_embd=16 must be divisible by d_head=5'),
+    (['--d_model=32'], 'n_embd=16 and d_model=32'),
+    (['--init_from=resume', '--out_dir=out-nothing'], 'out-nothing/ckpt.pt not found'),
+    (['--init_from=nowhere.pt'], 'nowhere.pt not found'),
+    (['--init_from=resume', '--out_dir=out-trained', '--n_layer=3'], 'the weights have n_layer=2, you ask for 3; drop --n_layer'),
+    (['--init_from=resume', '--out_dir=out-trained', '--n_embd=32'], 'the weights have n_embd=16, you ask for 32'),
+    (['--init_from=resume', '--out_dir=out-trained', '--bias=True'], 'the weights have bias=False'),
+    (['--init_from=resume', '--out_dir=out-trained', '--block_size=32'], 'the weights have block_size=16, you ask for 32'),
+    (['--init_from=resume', '--out_dir=out-trained', '--dataset=other'], 'trained with another vocabulary'),
+    (['--dtype=fp8'], "dtype='fp8' is none of"),
+    (['--eval_interval=0'], 'eval_interval=0 must be at least 1'),
+    (['--batch_size=0'], 'batch_size=0 must be at least 1'),
+    (['--wandb_log=True'], 'pip install wandb'),
+    (['--dataset=damaged'], 'meta.pkl refused'),
+    (['--dataset=beyond'], 'token id 77, but vocab_size is 18'),
+    (['broken.py'], 'broken.py:2: invalid syntax'),
+])
+def test_bad_input_is_one_line(project, trained, flags, message):
+    for name in ('other', 'damaged', 'beyond'):
+        folder = project.path / 'data' / name
+        if not folder.exists():
+            write_dataset(folder, 'abcdefghijklmnopqr' * 50)
+    (project.path / 'data/damaged/meta.pkl').write_bytes(b'nonsense')
+    np.array([77] * 900, dtype=np.uint16).tofile(project.path / 'data/beyond/val.bin')
+    (project.path / 'broken.py').write_text('max_iters = 1\nmax_iters = = 2\n')
+    (project.path / 'shadow').mkdir(exist_ok=True)
+    (project.path / 'shadow' / 'wandb.py').write_text('raise ImportError("not installed")')
+    assert message in project.error('train.py', *TINY, *flags, env={'PYTHONPATH': str(project.path / 'shadow')})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='this machine has CUDA')
+def test_cuda_without_cuda_is_one_line(project):
+    assert "device='cuda'" in project.error('train.py', *TINY, '--device=cuda')
+
+
+def test_accumulation_that_cannot_be_shared_says_what_can(project):
+    done = project.run('train.py', *TINY, '--gradient_accumulation_steps=3', launcher=TORCHRUN, check=False)
+    assert 'gradient_accumulation_steps=3 cannot be shared by 2 processes; 2 or 4 can' in done.stderr
+
+
+@pytest.mark.parametrize('damage, message', [
+    (lambda content: content[:len(content) // 2], 'truncated or damaged'),
+    (lambda content: b'', 'truncated or damaged'),
+    (lambda content: b'not a checkpoint at all', 'truncated or damaged'),
+])
+def test_a_damaged_checkpoint_is_refused(project, trained, tmp_path, damage, message):
+    (tmp_path / 'ckpt.pt').write_bytes(damage((trained[0] / 'ckpt.pt').read_bytes()))
+    for script in (['train.py', *TINY, f'--init_from={tmp_path}'], ['sample.py', '--device=cpu', f'--out_dir={tmp_path}']):
+        assert message in project.error(*script)
+
+
+def test_a_hostile_checkpoint_is_refused_and_executes_nothing(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / 'executed'),)
+    torch.save({'model': Evil(), 'model_args': {}}, tmp_path / 'ckpt.pt')
+    with pytest.raises(ValueError, match='holds code'):
+        ckpt.load(str(tmp_path))
+    assert not (tmp_path / 'executed').exists()
+
+
+@pytest.mark.parametrize('content', [{'a': 1}, [1, 2], {'model': {}, 'model_args': {'n_layer': 1}, 'iter_num': 0}])
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / 'ckpt.pt')
+    with pytest.raises(ValueError, match='no checkpoint of a GPT'):
+        ckpt.load(str(tmp_path))
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path):
+    nanogpt_checkpoint(tmp_path / 'a')
+    loaded = torch.load(tmp_path / 'a' / 'ckpt.pt', weights_only=True)
+    loaded['model_args']['n_embd'] = 32
+    torch.save(loaded, tmp_path / 'ckpt.pt')
+    with pytest.raises(ValueError, match='do not fit its model_args'):
+        ckpt.build_model(ckpt.load(str(tmp_path)))
+
+
+def test_a_save_that_fails_leaves_the_old_pair(tmp_path, monkeypatch):
+    state = {'state': {}, 'param_groups': []}
+    path = str(tmp_path / 'ckpt.pt')
+    ckpt.save(path, {'iter_num': 1, 'model': {}}, state)
+    real = ckpt.write
+
+    def disk_full(path, content):
+        if path.endswith('ckpt.pt'):
+            raise OSError('disk full')
+        real(path, content)
+    monkeypatch.setattr(ckpt, 'write', disk_full)
+    with pytest.raises(OSError):
+        ckpt.save(path, {'iter_num': 2, 'model': {}}, state)
+    assert ckpt.read(path)['optimizer_file'] == 'optimizer-1.pt' and (tmp_path / 'optimizer-1.pt').exists()
+    monkeypatch.setattr(ckpt, 'write', real)
+    ckpt.save(path, {'iter_num': 3, 'model': {}}, state)
+    assert sorted(os.listdir(tmp_path)) == ['ckpt.pt', 'optimizer-3.pt']
+
+
+@pytest.mark.parametrize('name', sorted(path.name for path in (ROOT / 'config').glob('*.py')))
+def test_every_config_loads(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    knobs = read_knobs('train.py')
+    scope = {k.name: ast.literal_eval(k.default) for k in knobs.values()}
+    assert run_file(f'config/{name}', scope, knobs, set())
+
+
+def test_the_recipe_for_shakespeare_runs_with_the_cpu_overlay(project):
+    write_dataset(project.path / 'data' / 'shakespeare_char')
+    out = project.run('train.py', 'config/train_shakespeare_char.py', 'config/cpu.py', '--max_iters=2').stdout
+    assert 'step 2:' in out and (project.path / 'out-shakespeare-char' / 'ckpt.pt').exists()
+
+
+def test_make_lists_its_targets(project):
+    out = subprocess.run(['make'], cwd=project.path, text=True, capture_output=True, check=True).stdout
+    for target in ('train-shakespeare', 'test', 'install', 'generate-', 'sample-', 'train CONFIG=', 'clean'):
+        assert f'make {target}' in out
+
+
+def test_several_runs_are_drawn_into_one_picture(project, trained, tmp_path):
+    png = tmp_path / 'both.png'
+    assert 'wrote' in project.run('runlog.py', trained[0], trained[0], f'--png={png}').stdout and png.stat().st_size > 10000
