@@ -205,7 +205,8 @@ def get_lr(it):
 if master_process and not eval_only:
     os.makedirs(out_dir, exist_ok=True)
     log = RunLog(out_dir, iter_num, dict(project=wandb_project, name=wandb_run_name, config=config) if wandb_log else None)
-    bar = tqdm(total=max_iters, initial=iter_num, desc='training', unit='it', dynamic_ncols=True, disable=not sys.stderr.isatty())
+    bar = tqdm(total=max_iters, initial=iter_num, desc='training', unit='it', dynamic_ncols=True,
+               disable=not (sys.stdout.isatty() and sys.stderr.isatty())) # plain lines into files and pipes
 batches = train_data.train_batches(iter_num, micro_steps, rank, world_size, device)
 peak = peak_flops(device, dtype)
 t_start = t_log = time.time()
