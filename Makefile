@@ -31,7 +31,7 @@ help:
 install:
 	@cmp -s pyproject.toml $(VENV)/pyproject.installed || { \
 	  set -e; test -x $(PY) || $(PYTHON) -m venv $(VENV); \
-	  echo 'installing into $(VENV) ...'; $(PY) -m pip install --quiet --disable-pip-version-check -e '.[test]'; \
+	  echo 'installing into $(VENV) ...'; $(PY) -m pip install --disable-pip-version-check -e '.[test]'; \
 	  cp pyproject.toml $(VENV)/pyproject.installed; }
 
 test: install

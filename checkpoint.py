@@ -9,6 +9,7 @@ import os
 
 import torch
 
+from data.tokenizer import GPT2
 from model import GPT, GPTConfig
 
 PREFIXES = ('_orig_mod.', 'module.') # what torch.compile and DDP put before parameter names
@@ -68,6 +69,20 @@ def load(path):
                                if not name.endswith('.attn.bias')} # the causal mask that early versions of nanoGPT kept
     checkpoint['path'] = path
     return checkpoint
+
+
+def open_model(source, dropout=0.0):
+    """
+    (model, checkpoint) from a path to a checkpoint, a GPT-2 name, or a folder with a GPT2LMHeadModel.
+
+    For the latter two the checkpoint holds no more than the tokenizer's meta, if it is known.
+    """
+    if os.path.exists(os.path.join(source, 'config.json')):
+        return GPT.from_pretrained(source, dict(dropout=dropout)), {}
+    if source.startswith('gpt2') and not os.path.exists(source):
+        return GPT.from_pretrained(source, dict(dropout=dropout)), {'meta': GPT2}
+    checkpoint = load(source)
+    return build_model(checkpoint, dropout), checkpoint
 
 
 def build_model(checkpoint, dropout=0.0):

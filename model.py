@@ -44,7 +44,7 @@ def resolve_sizes(n_head=None, n_embd=None, d_head=None, d_model=None, default=(
     n_embd = n_embd if n_embd is not None else d_model
     if d_head is not None:
         if n_embd is None:
-            n_embd = (n_head if n_head is not None else default[0]) * d_head
+            n_embd = n_head * d_head if n_head is not None else default[1]
         if d_head < 1 or n_embd % d_head:
             raise ValueError(f'n_embd={n_embd} must be divisible by d_head={d_head}: {n_embd} / {d_head} = {n_embd / (d_head or 1):.2f}')
         if n_head is not None and n_head * d_head != n_embd:

@@ -42,8 +42,8 @@ class RunLog:
             self.wandb.log({name: value for name, value in numbers.items() if value is not None})
 
     def picture(self, final):
-        """Redraw out_dir/loss.png, but not again within 20 s unless final: it takes some tenths of a second."""
-        if final or time.time() - self.drawn > 20:
+        """Redraw out_dir/loss.png, but not again within a minute unless final: it takes some tenths of a second."""
+        if final or time.time() - self.drawn > 60:
             draw([self.out_dir], os.path.join(self.out_dir, 'loss.png'))
             self.drawn = time.time()
 

@@ -33,7 +33,6 @@ import torch
 import checkpoint as ckpt
 from data.tokenizer import GPT2, check_meta, from_meta, load_meta
 from device import autocast, resolve, tune
-from model import GPT
 
 for name in ('num_samples', 'max_new_tokens'):
     if config[name] < 1:
@@ -48,17 +47,14 @@ torch.manual_seed(seed)
 
 # -----------------------------------------------------------------------------
 # model, and the tokenizer that came with it
-if init_from.startswith('gpt2') or os.path.exists(os.path.join(init_from, 'config.json')):
-    model, meta = GPT.from_pretrained(init_from, dict(dropout=0.0)), GPT2
-else:
-    loaded = ckpt.load(os.path.join(out_dir, 'ckpt.pt') if init_from == 'resume' else init_from)
-    model = ckpt.build_model(loaded)
-    meta = loaded.get('meta')
-    if meta is None: # nanoGPT's checkpoints leave the tokenizer with the dataset
-        meta_path = os.path.join('data', str(loaded.get('config', {}).get('dataset')), 'meta.pkl')
-        meta = load_meta(meta_path) if os.path.exists(meta_path) else GPT2
-    if check_meta(meta, loaded['path'])['vocab_size'] > model.config.vocab_size:
-        raise ValueError(f'{loaded["path"]} has {model.config.vocab_size} token ids and comes without its tokenizer; prepare its dataset first')
+source = os.path.join(out_dir, 'ckpt.pt') if init_from == 'resume' else init_from
+model, loaded = ckpt.open_model(source)
+meta = loaded.get('meta')
+if meta is None: # nanoGPT's checkpoints leave the tokenizer with the dataset
+    meta_path = os.path.join('data', str(loaded.get('config', {}).get('dataset')), 'meta.pkl')
+    meta = load_meta(meta_path) if os.path.exists(meta_path) else GPT2
+if check_meta(meta, source)['vocab_size'] > model.config.vocab_size:
+    raise ValueError(f'{source} has {model.config.vocab_size} token ids and comes without its tokenizer; prepare its dataset first')
 model.eval().to(device)
 if compile:
     model.forward = torch.compile(model.forward, dynamic=True)

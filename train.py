@@ -101,7 +101,6 @@ if ddp:
         torch.cuda.set_device(device)
     dist.init_process_group(backend if backend != 'auto' else 'nccl' if 'cuda' in device else 'gloo')
 ctx = autocast(device, dtype)
-tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 
 def say(text):
     if master_process:
@@ -114,7 +113,7 @@ meta_path = os.path.join(data_dir, 'meta.pkl')
 meta = load_meta(meta_path) if os.path.exists(meta_path) else GPT2 # travels in the checkpoint
 if init_from == 'auto':
     init_from = 'resume' if os.path.exists(os.path.join(out_dir, 'ckpt.pt')) else 'scratch'
-iter_num, best_val_loss, loaded = 0, float('inf'), None
+iter_num, best_val_loss = 0, float('inf')
 torch.manual_seed(seed)
 sizes = {name: config[name] if name in given else None for name in ('n_head', 'n_embd', 'd_head', 'd_model')}
 
@@ -122,20 +121,18 @@ if init_from == 'scratch':
     n_head, n_embd = resolve_sizes(**sizes, default=(n_head, n_embd))
     vocab_size = meta['vocab_size'] if 'stoi' in meta else GPTConfig.vocab_size
     model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias))
-elif init_from.startswith('gpt2') or os.path.exists(os.path.join(init_from, 'config.json')):
-    model = GPT.from_pretrained(init_from, dict(dropout=dropout))
-else: # a checkpoint: this run's own to go on with, or any other to fine-tune from
-    loaded = ckpt.load(os.path.join(out_dir, 'ckpt.pt') if init_from == 'resume' else init_from)
-    model = ckpt.build_model(loaded, dropout)
-    if loaded.get('meta', meta) != meta:
-        raise ValueError(f'{loaded["path"]} was trained with another vocabulary than that of {data_dir}')
-if init_from != 'scratch': # what the weights are decides; a flag that asks for something else is refused
+else: # this run's own checkpoint to go on with, or other weights to fine-tune
+    model, loaded = ckpt.open_model(os.path.join(out_dir, 'ckpt.pt') if init_from == 'resume' else init_from, dropout)
+    if (loaded.get('meta') or meta) != meta:
+        raise ValueError(f'{init_from}: the weights were trained with another vocabulary than that of {data_dir}')
+    # the sizes are those of the weights; a flag that asks for others is refused
     asked = {name: config[name] for name in ('n_layer', 'bias') if name in given}
     asked['n_head'], asked['n_embd'] = resolve_sizes(**sizes, default=(model.config.n_head, model.config.n_embd))
     for name, value in asked.items():
         if value != getattr(model.config, name):
             raise ValueError(f'{init_from}: the weights have {name}={getattr(model.config, name)}, you ask for {value}; '
                              f'drop --{name}, or start anew with --init_from=scratch')
+    block_size = block_size if 'block_size' in given else model.config.block_size
     if block_size > model.config.block_size:
         raise ValueError(f'{init_from}: the weights have block_size={model.config.block_size}, you ask for {block_size}; lower --block_size')
     model.crop_block_size(block_size)
@@ -146,6 +143,7 @@ config.update(vars(model.config))
 # data: every split is read through the same fixed or counted windows, whatever the number of processes
 load_split = lambda split: Loader(os.path.join(data_dir, f'{split}.bin'), block_size, batch_size, model.config.vocab_size, seed)
 train_data, val_data = load_split('train'), load_split('val')
+tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 say(f'{dataset}: {len(train_data.tokens):,} tokens to train on, {len(val_data.tokens):,} to validate, '
     f'{tokens_per_iter:,} per iteration')
 say(f'model: {model.get_num_params() / 1e6:.2f}M parameters on {device}, {dtype}{", compiled" if compile else ""}'
@@ -159,7 +157,7 @@ if init_from == 'resume':
     ckpt.load_optimizer(optimizer, loaded)
     iter_num, best_val_loss = loaded['iter_num'], float(loaded['best_val_loss'])
     say(f'resuming {loaded["path"]} at iteration {iter_num}')
-loaded = None # free its memory
+loaded = None # frees its memory
 start_iter = iter_num
 
 # -----------------------------------------------------------------------------

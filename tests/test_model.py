@@ -187,7 +187,7 @@ def test_padding_of_the_vocabulary_is_never_sampled():
     (dict(n_head=4, d_head=64), (4, 256)),
     (dict(n_head=4, d_model=256, d_head=64), (4, 256)),
     (dict(n_embd=256, d_model=256), (12, 256)),
-    (dict(d_head=64), (12, 768)),
+    (dict(d_head=32), (24, 768)),
     (dict(n_head=6), (6, 768)),
 ])
 def test_any_sufficient_sizes_give_the_rest(given, want):
