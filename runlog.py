@@ -19,9 +19,13 @@ class RunLog:
         its seconds count on from theirs. `wandb`: what to pass to wandb.init, or None.
         """
         self.out_dir, self.path, self.drawn = out_dir, os.path.join(out_dir, 'log.csv'), time.time()
-        rows = [row for row in read_log(self.path) if row['iter'] < iter_num]
+        try:
+            os.makedirs(out_dir, exist_ok=True)
+            rows = [row for row in read_log(self.path) if row['iter'] < iter_num]
+            self.file = open(self.path, 'w', newline='', encoding='utf-8')
+        except OSError as e:
+            raise OSError(f'cannot write into out_dir={out_dir!r}: {e.strerror}') from e
         self.seconds_before = rows[-1]['seconds'] if rows else 0.0
-        self.file = open(self.path, 'w', newline='', encoding='utf-8')
         self.writer = csv.DictWriter(self.file, COLUMNS, restval='')
         self.writer.writeheader()
         self.writer.writerows(rows)

@@ -86,6 +86,8 @@ from runlog import RunLog
 for name in ('eval_interval', 'log_interval', 'eval_iters', 'gradient_accumulation_steps', 'batch_size', 'block_size'):
     if config[name] < 1:
         raise ValueError(f'{name}={config[name]} must be at least 1')
+if seed < 0:
+    raise ValueError(f'seed={seed} must not be negative')
 device, dtype, compile = resolve(device, dtype, compile)
 tune(device)
 ddp = 'RANK' in os.environ # launched by torchrun?
@@ -99,7 +101,9 @@ micro_steps = gradient_accumulation_steps // world_size # per process
 if ddp:
     if 'cuda' in device:
         torch.cuda.set_device(device)
-    dist.init_process_group(backend if backend != 'auto' else 'nccl' if 'cuda' in device else 'gloo')
+    if backend == 'auto':
+        backend = 'nccl' if 'cuda' in device and dist.is_nccl_available() else 'gloo'
+    dist.init_process_group(backend)
 ctx = autocast(device, dtype)
 
 def say(text):
@@ -201,7 +205,6 @@ def get_lr(it):
 # -----------------------------------------------------------------------------
 # loop
 if master_process and not eval_only:
-    os.makedirs(out_dir, exist_ok=True)
     log = RunLog(out_dir, iter_num, dict(project=wandb_project, name=wandb_run_name, config=config) if wandb_log else None)
     bar = tqdm(total=max_iters, initial=iter_num, desc='training', unit='it', dynamic_ncols=True,
                disable=not (sys.stdout.isatty() and sys.stderr.isatty())) # plain lines into files and pipes
