@@ -63,8 +63,11 @@ tokenizer = from_meta(meta)
 # -----------------------------------------------------------------------------
 # text in
 if start.startswith('FILE:'):
-    with open(start[5:], encoding='utf-8') as f:
-        start = f.read()
+    try:
+        with open(start[5:], encoding='utf-8') as f:
+            start = f.read()
+    except UnicodeDecodeError as e:
+        raise ValueError(f'prompt file {start[5:]} is not UTF-8 text: {e.reason} at byte {e.start}') from e
 ids = tokenizer.encode(start)
 if not ids:
     raise ValueError('the prompt is empty; give at least one character: --start=...')

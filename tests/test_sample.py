@@ -43,6 +43,7 @@ def test_a_nanogpt_checkpoint_is_sampled_with_its_datasets_vocabulary(project):
     (['--start=€'], "the vocabulary lacks '€'"),
     (['--start='], 'the prompt is empty'),
     (['--start=FILE:missing.txt'], 'prompt file missing.txt not found'),
+    (['--start=FILE:binary.txt'], 'is not UTF-8 text'),
     (['--out_dir=nowhere'], 'nowhere/ckpt.pt not found'),
     (['--init_from=nowhere.pt'], 'nowhere.pt not found'),
     (['--init_from=gpt3'], 'gpt3 not found'),
@@ -52,6 +53,7 @@ def test_a_nanogpt_checkpoint_is_sampled_with_its_datasets_vocabulary(project):
     (['--out_dir=out-lost'], 'comes without its tokenizer'),
 ])
 def test_bad_input_is_one_line(project, trained, flags, message):
+    (project.path / 'binary.txt').write_bytes(b'\xff\xfe\x00')
     if not (project.path / 'out-lost').exists():
         nanogpt_checkpoint(project.path / 'out-lost', dataset='lost')
     assert message in project.error('sample.py', *FLAGS, f'--out_dir={trained[0]}', *flags)

