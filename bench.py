@@ -32,6 +32,7 @@ compile: bool | str = 'auto' # torch.compile
 config, given = configure(globals(), also=('train.py',)) # a training recipe tells the sizes
 
 # -----------------------------------------------------------------------------
+import itertools
 import os
 import statistics
 import time
@@ -57,7 +58,7 @@ if real_data:
     meta_path = os.path.join(data_dir, 'meta.pkl')
     meta = load_meta(meta_path) if os.path.exists(meta_path) else GPT2
     vocab_size = meta['vocab_size'] if 'stoi' in meta else GPTConfig.vocab_size
-    batches = Loader(os.path.join(data_dir, 'train.bin'), block_size, batch_size, vocab_size, seed).train_batches(0, 1, 0, 1, device)
+    batches = Loader(os.path.join(data_dir, 'train.bin'), block_size, batch_size, vocab_size, seed).train_batches(itertools.count(), device)
 else:
     vocab_size = GPTConfig.vocab_size
     X, Y = torch.randint(vocab_size, (2, batch_size, block_size), device=device)

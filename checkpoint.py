@@ -1,48 +1,72 @@
 """
 Checkpoints, two files each. ckpt.pt is what inference needs (weights, model_args, config, meta of
 the tokenizer, iter_num, best_val_loss) and names the optimizer file that belongs to it, in the same
-folder. Whenever the machine stops, a pair that belongs together is on disk.
+folder. Whenever the machine stops, a pair that belongs together is on disk. best.pt, where a run
+keeps one, is a ckpt.pt without an optimizer.
 """
 
 import glob
+import itertools
 import os
+import shutil
+import zipfile
 
 import torch
 
-from data.tokenizer import GPT2
+from data.tokenizer import GPT2, write_whole
 from model import GPT, GPTConfig
+from parallel import shard_like
 
 PREFIXES = ('_orig_mod.', 'module.') # what torch.compile and DDP put before parameter names
 
 
-def save(path, checkpoint, optimizer_state):
+def save(path, checkpoint, optimizer_state=None, keep=1):
     """
-    Write `checkpoint` (a dict with iter_num) to `path` and `optimizer_state` beside it.
+    Write `checkpoint` (a dict with iter_num) to `path` and, where there is one, `optimizer_state` beside it.
 
-    The optimizer file goes first and under a new name, so the old pair stays whole until ckpt.pt,
-    moved into place in one step, names the new one.
+    The optimizer file goes first and under a name that no file has, so the old pair stays whole until
+    ckpt.pt, moved into place in one step, names the new one. With keep > 1 so many of the latest pairs
+    stay, as ckpt-ITERATION.pt. Raises OSError when the disk does not take it; the old pair then stays.
     """
+    if optimizer_state is None:
+        return write(path, checkpoint)
     folder = os.path.dirname(path)
-    name = f'optimizer-{checkpoint["iter_num"]}.pt'
-    write(os.path.join(folder, name), optimizer_state)
-    write(path, {**checkpoint, 'optimizer_file': name})
-    for old in glob.glob(os.path.join(folder, 'optimizer-*.pt')):
-        if os.path.basename(old) != name:
+    free = lambda stem: not any(os.path.exists(os.path.join(folder, f'{kind}-{stem}.pt')) for kind in ('optimizer', 'ckpt'))
+    stem = next(filter(free, itertools.chain([f'{checkpoint["iter_num"]}'], (f'{checkpoint["iter_num"]}-{n}' for n in itertools.count(1)))))
+    write(os.path.join(folder, f'optimizer-{stem}.pt'), optimizer_state)
+    write(path, {**checkpoint, 'optimizer_file': f'optimizer-{stem}.pt'})
+    if keep > 1:
+        try:
+            os.link(path, os.path.join(folder, f'ckpt-{stem}.pt')) # a second name, no second copy
+        except OSError: # not every file system has links
+            shutil.copyfile(path, os.path.join(folder, f'ckpt-{stem}.pt'))
+    history = sorted(glob.glob(os.path.join(glob.escape(folder), 'ckpt-*.pt')), key=os.path.getmtime)
+    kept = {stem} | {os.path.basename(old)[len('ckpt-'):-len('.pt')] for old in history[-keep:] if keep > 1}
+    for old in history + glob.glob(os.path.join(glob.escape(folder), 'optimizer-*')):
+        if os.path.basename(old).removesuffix('.pt').partition('-')[2] not in kept:
             os.remove(old)
+    if not checkpoint.get('best_file') and os.path.exists(os.path.join(folder, 'best.pt')):
+        os.remove(os.path.join(folder, 'best.pt')) # an earlier run's, or no longer the best
 
 
 def write(path, content):
-    partial = path + '.partial'
-    with open(partial, 'wb') as f:
-        torch.save(content, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(partial, path)
+    """torch.save that leaves either the whole new file at `path` or what was there before; OSError when it fails."""
+    try:
+        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+        write_whole(path, lambda f: torch.save(content, f))
+    except (OSError, RuntimeError) as e: # torch turns some failures of the file below it into RuntimeErrors
+        reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e).splitlines()[0]
+        raise OSError(f'cannot write {path}: {reason}') from e
 
 
 def read(path):
     """torch.load that executes nothing and turns every kind of damage into a ValueError."""
     try:
+        if zipfile.is_zipfile(path): # torch itself does not look at the checksums it writes
+            with zipfile.ZipFile(path) as f:
+                damaged = f.testzip()
+            if damaged:
+                raise zipfile.BadZipFile(f'checksum of {damaged}')
         return torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError as e:
         raise FileNotFoundError(f'{path} not found') from e
@@ -51,12 +75,18 @@ def read(path):
         raise ValueError(f'{path} refused: {reason}') from e
 
 
+def best(folder):
+    """Path of what a run has to sample from: its best.pt where it keeps one, else its ckpt.pt."""
+    path = os.path.join(folder, 'best.pt')
+    return path if os.path.exists(path) else os.path.join(folder, 'ckpt.pt')
+
+
 def load(path):
     """
-    The checkpoint at `path` (a file, or a folder with a ckpt.pt), on CPU: ours, or nanoGPT's single
-    file. Raises FileNotFoundError or ValueError, one line each.
+    The checkpoint at `path` (a file, or a folder with a best.pt or a ckpt.pt), on CPU: ours, or
+    nanoGPT's single file. Raises FileNotFoundError or ValueError, one line each.
     """
-    path = os.path.join(path, 'ckpt.pt') if os.path.isdir(path) else path
+    path = best(path) if os.path.isdir(path) else path
     checkpoint = read(path)
     sizes = ('n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size')
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get('model'), dict) \
@@ -96,14 +126,41 @@ def build_model(checkpoint, dropout=0.0):
     return model
 
 
-def load_optimizer(optimizer, checkpoint):
-    """Put a checkpoint's optimizer state into `optimizer`; ValueError where it is missing or does not fit."""
+def fit_sizes(model, asked, source):
+    """Crop the context to asked['block_size']; refuse other sizes in `asked` than the weights from `source` have."""
+    asked = dict(asked)
+    block_size = asked.pop('block_size', model.config.block_size)
+    for name, value in asked.items():
+        if value != getattr(model.config, name):
+            raise ValueError(f'{source}: the weights have {name}={getattr(model.config, name)}, you ask for {value}; '
+                             f'drop --{name}, or start anew with --init_from=scratch')
+    if block_size > model.config.block_size:
+        raise ValueError(f'{source}: the weights have block_size={model.config.block_size}, you ask for {block_size}; lower --block_size')
+    model.crop_block_size(block_size)
+
+
+def restarted(path, config):
+    """Whether torchrun has restarted a run whose checkpoint, with these knobs, is at `path`."""
+    if os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') == '0' or not os.path.exists(path):
+        return False
+    checkpoint = load(path)
+    theirs = checkpoint.get('config', {}) # sizes stand there as they turned out
+    return all(theirs.get(name) == value for name, value in config.items() if name not in checkpoint['model_args'])
+
+
+def load_optimizer(optimizer, scaler, checkpoint):
+    """Put a checkpoint's optimizer state, and the gradient scaler's, back; ValueError where it is missing or does not fit."""
     state = checkpoint.get('optimizer') # nanoGPT keeps it in the same file
     if state is None:
         state = read(os.path.join(os.path.dirname(checkpoint['path']), os.path.basename(str(checkpoint.get('optimizer_file')))))
     try:
+        params = [p for group in optimizer.param_groups for p in group['params']]
+        for i, tensors in state['state'].items():
+            state['state'][i] = {name: shard_like(t, params[i]) if torch.is_tensor(t) else t for name, t in tensors.items()}
         for group, ours in zip(state['param_groups'], optimizer.param_groups):
             group.update({name: ours[name] for name in ('fused', 'foreach', 'weight_decay', 'betas')}) # today's knobs count
         optimizer.load_state_dict(state)
-    except (KeyError, ValueError, TypeError) as e:
+        if state.get('scaler'): # empty unless float16
+            scaler.load_state_dict(state['scaler'])
+    except (KeyError, ValueError, TypeError, IndexError, AttributeError) as e:
         raise ValueError(f'{checkpoint["path"]}: its optimizer state does not fit this model ({e})') from e

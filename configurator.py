@@ -13,9 +13,11 @@ everything after the first '='. `--help` prints every knob with its comment, by 
 
 import ast
 import difflib
+import json
 import linecache
 import os
 import sys
+import time
 import tokenize
 import traceback
 from typing import NamedTuple
@@ -29,11 +31,19 @@ class Knob(NamedTuple):
     section: str            # the comment line above its group
 
 
-def fail(message):
+def fail(message, code=2):
     """Say what is wrong in one line and leave with exit code 2."""
     rank = f"[rank {os.environ['RANK']}] " if 'RANK' in os.environ else ''
     print(f'{rank}error: {message}', file=sys.stderr, flush=True)
-    raise SystemExit(2)
+    tell_torchrun(message)
+    raise SystemExit(code)
+
+
+def tell_torchrun(message):
+    """Under torchrun: what to show as the root cause when it sums up (the form of its own error files)."""
+    if 'TORCHELASTIC_ERROR_FILE' in os.environ:
+        with open(os.environ['TORCHELASTIC_ERROR_FILE'], 'w') as f:
+            json.dump({'message': {'message': message, 'extraInfo': {'timestamp': str(int(time.time()))}}}, f)
 
 
 def configure(ns, also=()):
@@ -64,6 +74,13 @@ def configure(ns, also=()):
             ns[name] = fit(knobs[name], value, where)
             given.add(name)
     return {name: ns[name] for name in knobs}, given
+
+
+def at_least(config, smallest, *names):
+    """Refuse knobs below `smallest`."""
+    for name in names:
+        if config[name] < smallest:
+            raise ValueError(f'{name}={config[name]} must be at least {smallest}' if smallest else f'{name}={config[name]} must not be negative')
 
 
 def read_knobs(path, ns=None):
@@ -191,3 +208,4 @@ def one_line_errors(kind, error, trace):
         print('\ninterrupted', file=sys.stderr, flush=True)
         raise SystemExit(130)
     sys.__excepthook__(kind, error, trace)
+    tell_torchrun(f'{kind.__name__}: {error}')

@@ -94,3 +94,16 @@ def peak_flops(device, dtype):
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for start, peak in PEAK_FLOPS.items() if name.startswith(start)), None)
+
+
+def memory_gb(device):
+    """Most memory held so far in GB: of this process's GPU, else of the process itself; None on systems that do not tell."""
+    if 'cuda' in device:
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    if 'mps' in device:
+        return torch.mps.driver_allocated_memory() / 1e9 # now, not at most
+    try:
+        import resource # not on Windows
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024) / 1e9

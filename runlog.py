@@ -1,55 +1,153 @@
 """
-The log of a run: out_dir/log.csv, the same numbers to wandb when asked for, and the picture drawn from them.
+The log of a run: out_dir/log.csv, the same numbers to wandb when asked for, the picture drawn from them,
+and out_dir/config.py, the knobs and the command of the run.
 
     python runlog.py out-a out-b --png=compare.png    # several runs in one picture
 """
 
 import csv
+import io
 import os
+import shlex
+import sys
 import time
 
-COLUMNS = ('iter', 'seconds', 'loss', 'train_loss', 'val_loss', 'lr', 'tokens_per_second', 'mfu')
+from torch.nn.utils import get_total_norm
+from tqdm import tqdm
+
+from data.tokenizer import write_whole
+from parallel import gather
+
+# Of each logged iteration: mean loss over its batch; of each evaluation: train_loss and val_loss; then the health
+# of the network: norm of the gradient before clipping, share of steps since the last row that were clipped, at
+# evaluations the norms of all weights and of the step they took, and steps skipped since the last row because the
+# loss or the gradient was not finite. memory_gb is the peak so far, of the GPU, else of the process.
+COLUMNS = ('iter', 'tokens', 'seconds', 'loss', 'train_loss', 'val_loss', 'lr', 'grad_norm', 'clipped', 'weight_norm',
+           'update_norm', 'bad_steps', 'tokens_per_second', 'mfu', 'memory_gb')
 
 
 class RunLog:
 
-    def __init__(self, out_dir, iter_num=0, wandb=None):
+    def __init__(self, out_dir, config, iter_num=0, tokens=0, max_iters=0, wandb=None, quiet=False):
         """
-        Open out_dir/log.csv. A run that resumes at iteration `iter_num` keeps the rows before it, and
-        its seconds count on from theirs. `wandb`: what to pass to wandb.init, or None.
+        Open out_dir/log.csv. A run that resumes at iteration `iter_num`, after `tokens` tokens, keeps the rows
+        before it, and its seconds count on from theirs. `config`: the knobs, for config.py. `wandb`: what to pass to
+        wandb.init, or None. quiet=True, for all ranks but one: does and writes nothing.
+        Raises OSError where out_dir cannot be written to.
         """
-        self.out_dir, self.path, self.drawn = out_dir, os.path.join(out_dir, 'log.csv'), time.time()
-        try:
-            os.makedirs(out_dir, exist_ok=True)
-            rows = [row for row in read_log(self.path) if row['iter'] < iter_num]
-            self.file = open(self.path, 'w', newline='', encoding='utf-8')
-        except OSError as e:
-            raise OSError(f'cannot write into out_dir={out_dir!r}: {e.strerror}') from e
-        self.seconds_before = rows[-1]['seconds'] if rows else 0.0
-        self.writer = csv.DictWriter(self.file, COLUMNS, restval='')
-        self.writer.writeheader()
-        self.writer.writerows(rows)
-        self.wandb = None
-        if wandb:
+        self.out_dir, self.path, self.quiet = out_dir, os.path.join(out_dir, 'log.csv'), quiet
+        self.broken, self.wandb, self.run_id, rows = False, None, None, []
+        if not quiet:
+            try:
+                os.makedirs(out_dir, exist_ok=True)
+                rows = [row for row in read_log(self.path) if row['iter'] < iter_num]
+                write_whole(self.path, lambda f: f.write(table(rows, header=True).encode()))
+                write_whole(os.path.join(out_dir, 'config.py'), lambda f: f.write(describe(out_dir, config, iter_num).encode()))
+            except OSError as e:
+                raise OSError(f'cannot write into out_dir={out_dir!r}: {e.strerror}') from e
+        if wandb and not quiet:
             try:
                 import wandb as client
             except ImportError as e:
                 raise ValueError('wandb_log=True needs the package wandb: pip install wandb, then wandb login') from e
             self.wandb = client.init(**wandb)
+            self.run_id = self.wandb.id
+            self.wandb.define_metric('*', step_metric='iter') # a resumed run draws on from where it stopped
+        # a bar on a terminal, plain lines into files and pipes
+        plain = quiet or not (sys.stdout.isatty() and sys.stderr.isatty())
+        self.bar = tqdm(total=max_iters, initial=iter_num, desc='training', unit='it', dynamic_ncols=True, disable=plain)
+        self.started = self.last_time = time.time()
+        self.last_iter = self.last_row = iter_num
+        self.last_tokens = tokens
+        self.seconds_before = rows[-1]['seconds'] if rows else 0.0
 
-    def row(self, seconds, **numbers):
-        """One row. `seconds` since this process began to train; the other names are COLUMNS."""
-        numbers['seconds'] = round(self.seconds_before + seconds, 3)
-        self.writer.writerow(numbers)
-        self.file.flush()
+    def seconds(self):
+        """Seconds of training so far, those before a resume included."""
+        return self.seconds_before + time.time() - self.started
+
+    def evaluation(self, iter_num, tokens, **numbers):
+        """An evaluation before iteration iter_num, `tokens` being those trained on before: a row and a new loss.png."""
+        self.row(iter=iter_num, tokens=tokens, **numbers)
+        self.attempt(draw, [self.out_dir], os.path.join(self.out_dir, 'loss.png'))
+        # the speed in the log is that of training alone
+        self.last_time, self.last_iter, self.last_tokens = time.time(), iter_num, tokens
+
+    def iteration(self, iter_num, tokens, loss, clipped, peak_speed, **numbers):
+        """
+        Iteration iter_num, `tokens` being those trained on up to its end: a row, and a line or the bar.
+
+        clipped: how many steps since the last such row were; peak_speed: tokens/s that would be an MFU of 1, or None
+        """
+        steps, now = iter_num + 1 - self.last_iter, time.time()
+        dt = (now - self.last_time) / steps # seconds per iteration
+        speed = (tokens - self.last_tokens) / steps / dt
+        mfu = speed / peak_speed if peak_speed else None
+        self.row(iter=iter_num, tokens=tokens, loss=loss, clipped=clipped / (iter_num + 1 - self.last_row), tokens_per_second=speed, mfu=mfu, **numbers)
+        text = f'{speed:,.0f} tok/s' + (f', mfu {mfu * 100:.1f}%' if mfu else '')
+        if self.bar.disable and not self.quiet:
+            print(f'iter {iter_num}: loss {loss:.4f}, {dt * 1000:.2f} ms, {text}', flush=True)
+        self.bar.set_postfix_str(f'loss {loss:.4f}, {text}', refresh=False)
+        self.bar.update(iter_num + 1 - self.bar.n)
+        self.last_time, self.last_iter, self.last_row, self.last_tokens = now, iter_num + 1, iter_num + 1, tokens
+
+    def row(self, **numbers):
+        """One row of log.csv; the names are COLUMNS. A disk that does not take it is told once and does not end the run."""
+        numbers['seconds'] = round(self.seconds(), 3)
+        self.attempt(self.append, numbers)
         if self.wandb:
             self.wandb.log({name: value for name, value in numbers.items() if value is not None})
 
-    def picture(self, final):
-        """Redraw out_dir/loss.png, but not again within a minute unless final: it takes some tenths of a second."""
-        if final or time.time() - self.drawn > 60:
-            draw([self.out_dir], os.path.join(self.out_dir, 'loss.png'))
-            self.drawn = time.time()
+    def append(self, numbers):
+        with open(self.path, 'a', newline='', encoding='utf-8') as f:
+            f.write(table([numbers], header=f.tell() == 0))
+
+    def close(self):
+        self.bar.close()
+        if self.wandb:
+            self.wandb.finish()
+
+    def attempt(self, write, *args):
+        if self.quiet:
+            return
+        try:
+            write(*args)
+            self.broken = False
+        except OSError as e:
+            if not self.broken:
+                tqdm.write(f'cannot write the log into {self.out_dir}: {e.strerror or e}; training goes on', file=sys.stdout)
+            self.broken = True
+
+
+def health(model, before):
+    """
+    The norm of all weights of `model` and of the step they took from `before`, a list of their values; {} for
+    None. All ranks must call it.
+    """
+    if before is None:
+        return {}
+    after = [p.detach() for p in model.parameters()]
+    return {'weight_norm': gather(get_total_norm(after)).item(),
+            'update_norm': gather(get_total_norm([a - b for a, b in zip(after, before)])).item()}
+
+
+def table(rows, header):
+    """Rows (dicts) as lines of CSV."""
+    text = io.StringIO(newline='')
+    writer = csv.DictWriter(text, COLUMNS, restval='')
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def describe(out_dir, config, iter_num):
+    """A config file that repeats this run; the command lines that led to it stand on top as comments."""
+    path, before = os.path.join(out_dir, 'config.py'), []
+    if iter_num and os.path.exists(path):
+        with open(path, encoding='utf-8') as f:
+            before = [line.rstrip() for line in f if line.startswith('# from iteration ')]
+    command = f'# from iteration {iter_num}: {shlex.join(["python", *sys.argv])}'.replace('\n', ' ')
+    return '\n'.join([*before, command, '', *(f'{name} = {value!r}' for name, value in config.items())]) + '\n'
 
 
 def read_log(path):
@@ -70,7 +168,8 @@ def draw(out_dirs, png):
         return
     matplotlib.use('Agg') # no screen needed
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout='constrained')
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
+    figure.subplots_adjust(left=0.06, right=0.99, top=0.97, bottom=0.12, wspace=0.03) # a layout engine takes twice as long
     for i, out_dir in enumerate(out_dirs):
         rows = read_log(os.path.join(out_dir, 'log.csv'))
         name = os.path.basename(os.path.normpath(out_dir))

@@ -10,7 +10,7 @@ from configurator import configure
 
 # -----------------------------------------------------------------------------
 # what from
-init_from = 'resume' # 'resume' (out_dir/ckpt.pt), a GPT-2 name, or a path to a checkpoint
+init_from = 'resume' # 'resume' (out_dir/best.pt, else ckpt.pt), a GPT-2 name, or a path to a checkpoint
 out_dir = 'out' # folder of the run to sample from
 # what
 start = '\n' # the prompt, or FILE:name to read it from a file
@@ -47,7 +47,7 @@ torch.manual_seed(seed)
 
 # -----------------------------------------------------------------------------
 # model, and the tokenizer that came with it
-source = os.path.join(out_dir, 'ckpt.pt') if init_from == 'resume' else init_from
+source = ckpt.best(out_dir) if init_from == 'resume' else init_from
 model, loaded = ckpt.open_model(source)
 meta = loaded.get('meta')
 if meta is None: # nanoGPT's checkpoints leave the tokenizer with the dataset

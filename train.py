@@ -12,16 +12,18 @@ On 2 machines, each with its own node_rank:
 $ torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --master_port=1234 train.py config/train_gpt2.py --gradient_accumulation_steps=48
 """
 
-from configurator import configure
+from configurator import at_least, configure, fail
 
 # -----------------------------------------------------------------------------
 # I/O
-out_dir = 'out' # checkpoints, log.csv and loss.png go here
+out_dir = 'out' # checkpoints, log.csv, loss.png and config.py go here
 eval_interval = 2000 # iterations between two evaluations
 log_interval = 1 # iterations between two lines of the log
 eval_iters = 200 # batches per evaluation and split; the whole split when it has fewer
 eval_only = False # True: evaluate what was loaded and exit
-always_save_checkpoint = True # False: save only when the validation loss improves
+save_interval: int | None = None # iterations between two checkpoints, None: as often as evaluations
+always_save_checkpoint = True # False: beside the last checkpoint keep the best, best.pt, for sampling
+keep_checkpoints = 1 # how many of the latest to keep, as ckpt-ITERATION.pt when more than one
 init_from = 'scratch' # 'scratch', 'resume', 'auto' (resume if there is a checkpoint), 'gpt2*', or a path to fine-tune from
 # wandb logging
 wandb_log = False # needs the package wandb and a login
@@ -48,13 +50,21 @@ weight_decay = 1e-1 # on matrices only
 beta1 = 0.9 # decay of the mean gradient
 beta2 = 0.95 # decay of the mean squared gradient
 grad_clip = 1.0 # largest norm of the gradient, 0.0 for no limit
+max_bad_steps = 20 # stop after so many steps in a row without a finite loss and gradient, 0: never
 # learning rate decay
 decay_lr = True # False: learning_rate throughout
 warmup_iters = 2000 # iterations of linear rise
 lr_decay_iters = 600000 # where the cosine ends, about max_iters (Hoffmann et al. 2022)
 min_lr = 6e-5 # where it ends, about learning_rate / 10
+batch_size_warmup_iters = 0 # iterations in which the batch grows linearly to gradient_accumulation_steps
+# when to stop before max_iters
+target_loss = 0.0 # at this validation loss
+patience = 0 # after so many evaluations without a better one, 0: never
 # system
 backend = 'auto' # between processes: 'nccl' for GPUs, 'gloo' for CPUs
+dist_timeout = 300 # seconds without an answer after which another process is given up
+fsdp = False # True: share weights and optimizer state between processes (FSDP2), for models larger than a GPU
+gradient_checkpointing = False # True: recompute activations in backward, a third more work for less memory
 device = 'auto' # 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto' # 'float32', 'bfloat16', 'float16'
 compile: bool | str = 'auto' # torch.compile: a slow start, then faster steps
@@ -66,45 +76,38 @@ import math
 import os
 import sys
 import time
-from contextlib import nullcontext
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 import checkpoint as ckpt
-from data.loader import Loader
+import parallel
+from data.loader import Loader, deal, micro_batches
 from data.tokenizer import GPT2, load_meta
-from device import autocast, peak_flops, resolve, tune
+from device import autocast, memory_gb, peak_flops, resolve, tune
 from model import GPT, GPTConfig, resolve_sizes
-from runlog import RunLog
+from runlog import RunLog, health
 
 # -----------------------------------------------------------------------------
 # devices and processes
-for name in ('eval_interval', 'log_interval', 'eval_iters', 'gradient_accumulation_steps', 'batch_size', 'block_size'):
-    if config[name] < 1:
-        raise ValueError(f'{name}={config[name]} must be at least 1')
-if seed < 0:
-    raise ValueError(f'seed={seed} must not be negative')
+save_interval = config['save_interval'] = save_interval or eval_interval
+at_least(config, 1, 'eval_interval', 'save_interval', 'log_interval', 'eval_iters', 'keep_checkpoints',
+         'gradient_accumulation_steps', 'batch_size', 'block_size', 'dist_timeout')
+at_least(config, 0, 'seed', 'max_bad_steps', 'batch_size_warmup_iters', 'patience')
 device, dtype, compile = resolve(device, dtype, compile)
 tune(device)
+ctx = autocast(device, dtype)
 ddp = 'RANK' in os.environ # launched by torchrun?
 rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
 master_process = rank == 0 # the one that prints and writes
-if gradient_accumulation_steps % world_size:
-    fits = [world_size * n for n in (gradient_accumulation_steps // world_size, gradient_accumulation_steps // world_size + 1) if n]
-    raise ValueError(f'gradient_accumulation_steps={gradient_accumulation_steps} cannot be shared by {world_size} processes; '
-                     f'{" or ".join(map(str, fits))} can')
-micro_steps = gradient_accumulation_steps // world_size # per process
 if ddp:
-    if 'cuda' in device:
-        torch.cuda.set_device(device)
-    if backend == 'auto':
-        backend = 'nccl' if 'cuda' in device and dist.is_nccl_available() else 'gloo'
-    dist.init_process_group(backend)
-ctx = autocast(device, dtype)
+    parallel.start(backend, device, dist_timeout, gradient_accumulation_steps)
+elif fsdp:
+    raise ValueError('fsdp=True shares a model between processes; launch them with torchrun')
 
 def say(text):
     if master_process:
@@ -115,52 +118,54 @@ def say(text):
 data_dir = os.path.join('data', dataset)
 meta_path = os.path.join(data_dir, 'meta.pkl')
 meta = load_meta(meta_path) if os.path.exists(meta_path) else GPT2 # travels in the checkpoint
-if init_from == 'auto':
-    init_from = 'resume' if os.path.exists(os.path.join(out_dir, 'ckpt.pt')) else 'scratch'
-iter_num, best_val_loss = 0, float('inf')
+own = os.path.join(out_dir, 'ckpt.pt') # this run's
+if init_from == 'auto' or ckpt.restarted(own, config):
+    init_from = 'resume' if os.path.exists(own) else 'scratch'
+init_from = parallel.agree(init_from) # what rank 0 finds counts
 torch.manual_seed(seed)
 sizes = {name: config[name] if name in given else None for name in ('n_head', 'n_embd', 'd_head', 'd_model')}
 
 if init_from == 'scratch':
     n_head, n_embd = resolve_sizes(**sizes, default=(n_head, n_embd))
     vocab_size = meta['vocab_size'] if 'stoi' in meta else GPTConfig.vocab_size
-    model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias))
+    model, loaded = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias)), {}
 else: # this run's own checkpoint to go on with, or other weights to fine-tune
-    model, loaded = ckpt.open_model(os.path.join(out_dir, 'ckpt.pt') if init_from == 'resume' else init_from, dropout)
+    source = own if init_from == 'resume' else init_from
+    model, loaded = ckpt.open_model(source, dropout)
     if (loaded.get('meta') or meta) != meta:
-        raise ValueError(f'{init_from}: the weights were trained with another vocabulary than that of {data_dir}')
-    # the sizes are those of the weights; a flag that asks for others is refused
-    asked = {name: config[name] for name in ('n_layer', 'bias') if name in given}
+        raise ValueError(f'{source}: the weights were trained with another vocabulary than that of {data_dir}')
+    asked = {name: config[name] for name in ('n_layer', 'bias', 'block_size') if name in given}
     asked['n_head'], asked['n_embd'] = resolve_sizes(**sizes, default=(model.config.n_head, model.config.n_embd))
-    for name, value in asked.items():
-        if value != getattr(model.config, name):
-            raise ValueError(f'{init_from}: the weights have {name}={getattr(model.config, name)}, you ask for {value}; '
-                             f'drop --{name}, or start anew with --init_from=scratch')
-    block_size = block_size if 'block_size' in given else model.config.block_size
-    if block_size > model.config.block_size:
-        raise ValueError(f'{init_from}: the weights have block_size={model.config.block_size}, you ask for {block_size}; lower --block_size')
-    model.crop_block_size(block_size)
+    ckpt.fit_sizes(model, asked, source)
+model.gradient_checkpointing = gradient_checkpointing
+if fsdp:
+    parallel.shard(model, device, dtype, compile)
 model.to(device)
-config.update(vars(model.config))
+knobs = {**config, **{name: value for name, value in vars(model.config).items() if name in config}} # as they turned out
+block_size = model.config.block_size
 
 # -----------------------------------------------------------------------------
 # data: every split is read through the same fixed or counted windows, whatever the number of processes
 load_split = lambda split: Loader(os.path.join(data_dir, f'{split}.bin'), block_size, batch_size, model.config.vocab_size, seed)
 train_data, val_data = load_split('train'), load_split('val')
-tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 say(f'{dataset}: {len(train_data.tokens):,} tokens to train on, {len(val_data.tokens):,} to validate, '
-    f'{tokens_per_iter:,} per iteration')
+    f'{gradient_accumulation_steps * batch_size * block_size:,} per iteration')
 say(f'model: {model.get_num_params() / 1e6:.2f}M parameters on {device}, {dtype}{", compiled" if compile else ""}'
-    f'{f", {world_size} processes" if ddp else ""}')
+    f'{f", {world_size} processes" if ddp else ""}{", sharded" if fsdp else ""}')
 
 # -----------------------------------------------------------------------------
-# optimizer
+# optimizer, and where the run stands
 scaler = torch.amp.GradScaler(enabled=dtype == 'float16') # does nothing unless float16
 optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device.partition(':')[0])
+iter_num, best_val_loss, best_iter = 0, float('inf'), 0
+best_file = run_id = None # the file of the best weights, and wandb's id
 if init_from == 'resume':
-    ckpt.load_optimizer(optimizer, loaded)
+    ckpt.load_optimizer(optimizer, scaler, loaded)
     iter_num, best_val_loss = loaded['iter_num'], float(loaded['best_val_loss'])
-    say(f'resuming {loaded["path"]} at iteration {iter_num}')
+    best_iter, best_file, run_id = loaded.get('best_iter', iter_num), loaded.get('best_file'), loaded.get('run_id')
+    if parallel.agree(iter_num) != iter_num:
+        raise ValueError(f'{own} is at iteration {iter_num} here and another at rank 0; out_dir must be one folder that all machines see')
+    say(f'resuming {own} at iteration {iter_num}')
 loaded = None # frees its memory
 start_iter = iter_num
 
@@ -169,8 +174,9 @@ start_iter = iter_num
 raw_model = model
 if compile:
     say('compiling the model, this takes a minute ...')
+if compile and not fsdp:
     model = torch.compile(model, dynamic=False)
-if ddp:
+if ddp and not fsdp:
     model = DDP(model, device_ids=[torch.device(device).index] if 'cuda' in device else None)
 
 # -----------------------------------------------------------------------------
@@ -179,19 +185,16 @@ if ddp:
 def estimate_loss():
     """Mean loss in nats per token over the same windows of each split every time: all ranks, one reduction."""
     model.eval()
-    out = {}
-    for split, data in (('train', train_data), ('val', val_data)):
-        total = torch.zeros(2, device=device) # sum of losses, number of targets
+    sums = torch.zeros(2, 2, device=device) # by split: sum of losses, number of targets
+    for split, data in enumerate((train_data, val_data)):
         for X, Y in data.eval_batches(eval_iters, rank, world_size, device):
             with ctx:
                 _, loss = model(X, Y)
             count = (Y >= 0).sum()
-            total += torch.stack([loss * count, count])
-        if ddp:
-            dist.all_reduce(total)
-        out[split] = (total[0] / total[1]).item()
+            sums[split] += torch.stack([torch.where(count > 0, loss * count, 0.0), count])
     model.train()
-    return out
+    losses, counts = parallel.total(sums).unbind(1)
+    return dict(zip(('train', 'val'), (losses / counts).tolist()))
 
 def get_lr(it):
     """Linear warmup, then cosine decay to min_lr at lr_decay_iters (Loshchilov & Hutter 2016)."""
@@ -202,87 +205,131 @@ def get_lr(it):
     share = (it - warmup_iters) / (lr_decay_iters - warmup_iters)
     return min_lr + 0.5 * (1.0 + math.cos(math.pi * share)) * (learning_rate - min_lr)
 
+def save(name='ckpt.pt'):
+    """Write the run as it stands before the step of iter_num into out_dir; all ranks call it, the master writes."""
+    state = {'model': raw_model.state_dict()}
+    if name == 'ckpt.pt': # best.pt is for sampling and goes without
+        state['optimizer'] = {**optimizer.state_dict(), 'scaler': scaler.state_dict()}
+    state = parallel.gather_state(state, keep=master_process)
+    if not master_process:
+        return
+    checkpoint = dict(
+        model=state['model'], model_args=vars(raw_model.config), meta=meta, config={**knobs, 'vocab_size': raw_model.config.vocab_size},
+        iter_num=iter_num, best_val_loss=best_val_loss, best_iter=best_iter, best_file=best_file, run_id=log.run_id or run_id)
+    try:
+        ckpt.save(os.path.join(out_dir, name), checkpoint, state.get('optimizer'), keep_checkpoints)
+        unsaved.discard(name)
+    except OSError as e: # what was saved last is still whole
+        unsaved.add(name)
+        say(f'iteration {iter_num}: {e}; training goes on, the next save tries again')
+
 # -----------------------------------------------------------------------------
 # loop
-if master_process and not eval_only:
-    log = RunLog(out_dir, iter_num, dict(project=wandb_project, name=wandb_run_name, config=config) if wandb_log else None)
-    bar = tqdm(total=max_iters, initial=iter_num, desc='training', unit='it', dynamic_ncols=True,
-               disable=not (sys.stdout.isatty() and sys.stderr.isatty())) # plain lines into files and pipes
-batches = train_data.train_batches(iter_num, micro_steps, rank, world_size, device)
+tokens_per_micro_batch = batch_size * block_size
+batches = train_data.train_batches(deal(iter_num, gradient_accumulation_steps, batch_size_warmup_iters, rank, world_size), device)
+if not eval_only:
+    stop = parallel.StopSignals() # true once SIGINT, SIGTERM or SIGUSR1 has come
+    wandb = dict(project=wandb_project, name=wandb_run_name, config=knobs, id=run_id, resume='allow') if wandb_log else None
+    tokens = micro_batches(iter_num, gradient_accumulation_steps, batch_size_warmup_iters)[0] * tokens_per_micro_batch
+    log = RunLog(out_dir, knobs, iter_num, tokens, max_iters, wandb, quiet=not master_process)
 peak = peak_flops(device, dtype)
-t_start = t_log = time.time()
-steps_since_log = 0
+peak_speed = peak and world_size * block_size / raw_model.estimate_mfu(1, 1.0, peak) # tokens/s of an MFU of 1
+bad_in_row, bad_steps, clipped = torch.zeros(3, device=device) # bad steps in a row; bad and clipped ones since the last log
+save_due, unsaved = False, set() # is a save due; files whose last write failed
+ended = problem = '' # why the run ends early; what makes its exit code 1
 model.train()
 while True:
 
-    # every rank sets the learning rate of this iteration
+    # every rank sets the learning rate and the number of micro-batches of this iteration
     lr = get_lr(iter_num) if decay_lr else learning_rate
     for group in optimizer.param_groups:
         group['lr'] = lr
+    first, count = micro_batches(iter_num, gradient_accumulation_steps, batch_size_warmup_iters)
+    micro_steps = -(-count // world_size) # per rank, rounded up
 
-    # every rank evaluates its share of the windows; the master writes it down and saves
-    if iter_num % eval_interval == 0 or iter_num >= max_iters or eval_only:
+    # every rank evaluates its share of the windows; the master writes it down and keeps the best
+    evaluated = iter_num % eval_interval == 0 or iter_num >= max_iters or eval_only
+    if evaluated:
         losses = estimate_loss()
         say(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
-        improved = losses['val'] < best_val_loss
-        best_val_loss = min(best_val_loss, losses['val'])
-        if master_process and not eval_only:
-            log.row(time.time() - t_start, iter=iter_num, train_loss=losses['train'], val_loss=losses['val'], lr=lr)
-            log.picture(final=iter_num >= max_iters)
-            if iter_num > start_iter and (improved or always_save_checkpoint):
-                ckpt.save(os.path.join(out_dir, 'ckpt.pt'), {
-                    'model': raw_model.state_dict(),
-                    'model_args': vars(raw_model.config),
-                    'iter_num': iter_num,
-                    'best_val_loss': best_val_loss,
-                    'config': config,
-                    'meta': meta,
-                }, optimizer.state_dict())
-        t_log, steps_since_log = time.time(), 0 # the log's speed is that of training alone
-    if iter_num >= max_iters or eval_only:
+        if losses['val'] < best_val_loss:
+            best_val_loss, best_iter = losses['val'], iter_num
+            best_file = 'best.pt' if iter_num > 0 and not always_save_checkpoint else None
+            if best_file and not eval_only:
+                save(best_file)
+        if not eval_only:
+            log.evaluation(iter_num, first * tokens_per_micro_batch, train_loss=losses['train'], val_loss=losses['val'], lr=lr)
+        if losses['val'] <= target_loss:
+            ended = f'val loss {losses["val"]:.4f} reached target_loss={target_loss}: '
+        elif patience and iter_num - best_iter >= patience * eval_interval:
+            ended = f'no better val loss since iteration {best_iter}: '
+    if iter_num >= max_iters or eval_only or ended:
+        if iter_num > start_iter and math.isfinite(losses['val']):
+            save()
         break
 
-    # every rank adds up the gradients of its micro-steps; DDP averages them over ranks at the last one
+    # every rank adds up the gradients of its micro-steps; DDP and FSDP average them over ranks at the last one
+    loss_sum = torch.zeros((), device=device)
     for micro_step in range(micro_steps):
+        number = micro_step * world_size + rank # of this micro-batch within the iteration
         if raw_model.config.dropout > 0.0: # dropout, like the data, is a function of the iteration
-            torch.manual_seed(int(np.random.SeedSequence((seed, iter_num, micro_step, rank)).generate_state(1)[0]))
+            torch.manual_seed(int(np.random.SeedSequence((seed, iter_num, number)).generate_state(1)[0]))
         X, Y = next(batches)
-        last = micro_step == micro_steps - 1
-        with nullcontext() if last or not ddp else model.no_sync():
+        with parallel.exchange(model, on=micro_step == micro_steps - 1):
             with ctx:
                 _, loss = model(X, Y)
-                loss = loss / micro_steps
+                loss = loss / (count / world_size) if number < count else loss * 0.0 # a rank without its share idles
+                loss = loss * (1 + 0 * loss.detach()) # an infinite loss can have a finite gradient: make it nan on all ranks
             scaler.scale(loss).backward()
+        loss_sum += loss.detach()
+
+    # every rank finds the same norm, so all of them skip a step whose gradient is not finite
+    scaler.unscale_(optimizer)
+    grad_norm = parallel.gather(clip_grad_norm_(model.parameters(), grad_clip or math.inf))
+    bad = (~grad_norm.isfinite()).float()
+    bad_in_row, bad_steps, clipped = (bad_in_row + 1) * bad, bad_steps + bad, clipped + (grad_norm > (grad_clip or math.inf))
+
+    # all ranks save, before the step: these weights have just shown a finite loss and gradient
+    stopping = parallel.any_rank(stop)
+    save_due = save_due or (iter_num % save_interval == 0 and iter_num > start_iter)
+    if (save_due or stopping) and not bad:
+        if iter_num > start_iter:
+            save()
+        save_due = False
+        if stopping:
+            ended = 'stopped, go on by the same command with --init_from=resume: '
+            break
 
     # every rank takes the same step
-    if grad_clip != 0.0:
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-    scaler.step(optimizer)
+    look = iter_num % log_interval == 0
+    before = [p.detach().clone() for p in raw_model.parameters()] if look and evaluated else None
+    optimizer.found_inf = bad # AdamW's fused kernel then leaves weights and state alone, and nobody waits for the GPU
+    if not ('mps' in device and bad): # the kernel for MPS does not look
+        scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    steps_since_log += 1
 
-    # the master logs; .item() waits for the device, so it stands only here
-    if master_process and iter_num % log_interval == 0:
-        lossf = loss.item() * micro_steps # of the last micro-step, before the step
-        dt = (time.time() - t_log) / steps_since_log # seconds per iteration
-        mfu = raw_model.estimate_mfu(gradient_accumulation_steps * batch_size, dt, peak * world_size) if peak else None
-        log.row(time.time() - t_start, iter=iter_num, loss=lossf, lr=lr, tokens_per_second=tokens_per_iter / dt, mfu=mfu)
-        speed = f'{tokens_per_iter / dt:,.0f} tok/s' + (f', mfu {mfu * 100:.1f}%' if mfu else '')
-        if bar.disable:
-            print(f'iter {iter_num}: loss {lossf:.4f}, {dt * 1000:.2f} ms, {speed}', flush=True)
-        bar.set_postfix_str(f'loss {lossf:.4f}, {speed}', refresh=False)
-        t_log, steps_since_log = time.time(), 0
+    # every rank helps to log, the master writes; .item() waits for the device, so it stands only here
+    if look:
+        log.iteration(iter_num, (first + count) * tokens_per_micro_batch, loss=parallel.total(loss_sum).item() / world_size, lr=lr,
+                      grad_norm=grad_norm.item(), clipped=clipped.item(), bad_steps=int(bad_steps), peak_speed=peak_speed,
+                      memory_gb=memory_gb(device), **health(raw_model, before))
+        bad_steps, clipped = torch.zeros(2, device=device)
+    if max_bad_steps and (look or device == 'cpu') and bad_in_row >= max_bad_steps:
+        problem = (f'no finite loss or gradient in {int(bad_in_row)} steps in a row; the last checkpoint is from before them. Look at '
+                   f'grad_norm in {log.path}; a lower learning_rate, a longer warmup or bfloat16 in place of float16 may help')
+        break
     iter_num += 1
-    if master_process:
-        bar.update(1)
 
 # -----------------------------------------------------------------------------
 # cleanup
-if master_process and not eval_only:
-    bar.close()
-    say(f'trained to iteration {iter_num} in {time.time() - t_start:.1f} s, best val loss {best_val_loss:.4f}; '
-        f'next: python sample.py --out_dir={out_dir}')
 if ddp:
     dist.destroy_process_group()
+if not eval_only:
+    log.close()
+    say(f'{ended}iteration {iter_num}, {log.seconds():.1f} s of training, best val loss {best_val_loss:.4f}; '
+        f'next: python sample.py --out_dir={out_dir}')
+    if unsaved:
+        problem = f'{" and ".join(sorted(unsaved))} could not be written at the last attempt; what is in {out_dir} is older'
+    if problem and master_process:
+        fail(problem, 1)

@@ -5,7 +5,6 @@ about the data needs saving, any number of processes sees the same global batche
 can work ahead.
 """
 
-import itertools
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -40,6 +39,27 @@ def permute(index, n, seed):
             x[todo] = left << half | right
             todo = x >= n
     return x.astype(np.int64)
+
+
+def micro_batches(iteration, most, warmup_iters=0):
+    """
+    (number of the first, how many) micro-batches of an iteration, over all processes: `most`, to which
+    they grow linearly during the first warmup_iters iterations.
+    """
+    grown = -(-most * np.arange(1, warmup_iters + 1) // (warmup_iters + 1)) # rounded up
+    first = int(grown[:iteration].sum()) + max(0, iteration - warmup_iters) * most
+    return first, int(grown[iteration]) if iteration < warmup_iters else most
+
+
+def deal(iteration, most, warmup_iters, rank, world_size):
+    """
+    Numbers of the micro-batches that one process is dealt, from `iteration` on. All get equally many; where
+    they do not divide, the last ones of an iteration are numbers of the next, dealt again then.
+    """
+    while True:
+        first, count = micro_batches(iteration, most, warmup_iters)
+        yield from range(first + rank, first + -(-count // world_size) * world_size, world_size)
+        iteration += 1
 
 
 class Loader:
@@ -90,40 +110,40 @@ class Loader:
             starts[here] = permute(number[here] % per_epoch, per_epoch, key) * T + phase
         return starts
 
-    def train_batches(self, iteration, micro_steps, rank, world_size, device):
+    def train_batches(self, numbers, device):
         """
-        Endless micro-batches (X, Y) on `device` for one process, from `iteration` on, micro_steps to
-        an iteration. The global batch is dealt out so that ranks times micro-steps make no difference
-        to what it holds. A thread prepares one ahead, in pinned memory for CUDA.
+        The training micro-batches (X, Y) with these numbers (an iterable of ints), on `device`: number n
+        holds the windows n * batch_size and on of the run, whoever asks. A thread prepares one ahead, in
+        pinned memory for CUDA.
         """
         pin = 'cuda' in device
 
-        def load(iteration, micro_step):
-            row = ((iteration * micro_steps + micro_step) * world_size + rank) * self.batch_size
-            X, Y = self.gather(self.train_starts(row, self.batch_size))
+        def load(number):
+            X, Y = self.gather(self.train_starts(number * self.batch_size, self.batch_size))
             return (X.pin_memory(), Y.pin_memory()) if pin else (X, Y)
 
         with ThreadPoolExecutor(1) as ahead:
-            steps = ((i, m) for i in itertools.count(iteration) for m in range(micro_steps))
-            batch = ahead.submit(load, *next(steps))
-            for step in steps:
+            numbers = iter(numbers)
+            batch = ahead.submit(load, next(numbers))
+            while batch:
                 X, Y = batch.result()
-                batch = ahead.submit(load, *step)
+                number = next(numbers, None)
+                batch = None if number is None else ahead.submit(load, number)
                 yield X.to(device, non_blocking=pin), Y.to(device, non_blocking=pin)
 
     def eval_batches(self, max_batches, rank, world_size, device):
         """
         This rank's share of the fixed windows that loss is measured on: the whole split, side by side,
-        when it fits in max_batches * batch_size windows, else that many spread evenly. All batches have
-        the same shape; what fills up the last one has targets of -1, which do not count.
+        when it fits in max_batches * batch_size windows, else that many spread evenly. All ranks get
+        equally many batches of the same shape; what fills them up has targets of -1, which do not count.
         """
         total = (len(self.tokens) - 1) // self.block_size
         count = min(total, max_batches * self.batch_size)
         starts = np.arange(count) * total // count * self.block_size
-        for b in range(rank * self.batch_size, count, world_size * self.batch_size):
-            here = starts[b:b + self.batch_size]
+        for b in range(0, count, world_size * self.batch_size):
+            here = starts[b + rank * self.batch_size:][:self.batch_size]
             missing = self.batch_size - len(here)
-            X, Y = self.gather(np.append(here, np.repeat(here[:1], missing)))
+            X, Y = self.gather(np.append(here, np.repeat(starts[:1], missing)))
             if missing:
                 Y = torch.cat([Y[:len(here)], torch.full_like(Y[len(here):], -1)])
             yield X.to(device), Y.to(device)

@@ -112,7 +112,7 @@ def quietly(function, *args):
 
 
 def write_whole(path, write):
-    """Call write(file) on a temporary file and move it to `path`: there whole, or not at all."""
+    """Call write(file) on a temporary file and move it to `path`: there whole, or not at all, power cuts included."""
     partial = path + '.partial'
     try:
         with open(partial, 'wb') as f:
@@ -120,6 +120,12 @@ def write_whole(path, write):
             f.flush()
             os.fsync(f.fileno())
         os.replace(partial, path)
+        if os.name == 'posix': # the new name lasts once its folder is on disk; Windows does not open folders
+            folder = os.open(os.path.dirname(path) or '.', os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     finally:
         if os.path.exists(partial):
             os.remove(partial)

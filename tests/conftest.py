@@ -67,3 +67,19 @@ def trained(project):
     """The out_dir of a tiny run, and what it printed."""
     done = project.run('train.py', *TINY, '--out_dir=out-trained')
     return project.path / 'out-trained', done.stdout
+
+
+FAULTS = [] # rows of the README's table: fault, how often, what was lost
+
+
+@pytest.fixture
+def tried():
+    """tried(fault, times, outcome) adds a row to the table of faults at the end of the test report."""
+    return lambda *row: FAULTS.append(row)
+
+
+def pytest_terminal_summary(terminalreporter):
+    if FAULTS:
+        terminalreporter.section('faults tried, what was lost')
+        for row in FAULTS:
+            terminalreporter.write_line(f'| {" | ".join(row)} |')

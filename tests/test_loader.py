@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from data.loader import Loader, permute
+from data.loader import Loader, deal, micro_batches, permute
 
 
 def make(tmp_path, n=1000, block_size=8, batch_size=4, seed=1, vocab_size=1000):
@@ -33,7 +33,7 @@ def test_permute_looks_random():
 
 
 def test_targets_are_the_inputs_one_later(tmp_path):
-    X, Y = next(make(tmp_path).train_batches(0, 1, 0, 1, 'cpu'))
+    X, Y = next(make(tmp_path).train_batches([0], 'cpu'))
     assert X.shape == Y.shape == (4, 8)
     assert (X[:, 1:] == Y[:, :-1]).all() and (Y - X == 1).all()
 
@@ -55,24 +55,42 @@ def test_epochs_differ_in_order_and_in_where_the_cuts_fall(tmp_path):
 
 
 def test_a_batch_depends_on_seed_and_iteration_alone(tmp_path):
-    straight = take(make(tmp_path).train_batches(0, 2, 0, 1, 'cpu'), 20)
-    resumed = take(make(tmp_path).train_batches(7, 2, 0, 1, 'cpu'), 6)
+    straight = take(make(tmp_path).train_batches(deal(0, 2, 0, 0, 1), 'cpu'), 20)
+    resumed = take(make(tmp_path).train_batches(deal(7, 2, 0, 0, 1), 'cpu'), 6)
     for (X, Y), (U, V) in zip(straight[14:], resumed):
         assert (X == U).all() and (Y == V).all()
-    other = next(make(tmp_path, seed=2).train_batches(0, 2, 0, 1, 'cpu'))
+    other = next(make(tmp_path, seed=2).train_batches([0], 'cpu'))
     assert not (straight[0][0] == other[0]).all()
 
 
 @pytest.mark.parametrize('world_size', [2, 4])
 def test_any_number_of_processes_sees_the_same_global_batches(tmp_path, world_size):
     loader = make(tmp_path)
-    alone = take(loader.train_batches(0, 4, 0, 1, 'cpu'), 12)
-    ranks = [take(loader.train_batches(0, 4 // world_size, rank, world_size, 'cpu'), 12 // world_size) for rank in range(world_size)]
+    alone = take(loader.train_batches(deal(0, 4, 0, 0, 1), 'cpu'), 12)
+    ranks = [take(loader.train_batches(deal(0, 4, 0, rank, world_size), 'cpu'), 12 // world_size) for rank in range(world_size)]
     for iteration in range(3):
         want = {tuple(row) for X, _ in alone[4 * iteration:4 * iteration + 4] for row in X.tolist()}
         per_rank = 4 // world_size
         got = {tuple(row) for r in ranks for X, _ in r[per_rank * iteration:per_rank * (iteration + 1)] for row in X.tolist()}
         assert got == want
+
+
+def test_the_batch_grows_linearly_and_no_micro_batch_is_missed_or_seen_twice():
+    counts = [micro_batches(it, 8, 16)[1] for it in range(20)]
+    assert counts[0] == 1 and counts[16:] == [8] * 4 and counts == sorted(counts)
+    assert max(abs(count - 8 * (it + 1) / 17) for it, count in enumerate(counts[:16])) < 1
+    firsts = [micro_batches(it, 8, 16)[0] for it in range(20)]
+    assert firsts == [sum(counts[:it]) for it in range(20)]
+    assert [micro_batches(it, 8) for it in (0, 5)] == [(0, 8), (40, 8)]
+
+
+@pytest.mark.parametrize('world_size', [1, 2, 4, 8])
+def test_a_growing_batch_is_dealt_whole_to_any_number_of_processes(world_size):
+    for it in range(20):
+        first, count = micro_batches(it, 8, 16)
+        steps = -(-count // world_size)
+        dealt = [number for rank in range(world_size) for number in take(deal(it, 8, 16, rank, world_size), steps)]
+        assert len(set(dealt)) == len(dealt) == steps * world_size and set(range(first, first + count)) <= set(dealt)
 
 
 @pytest.mark.parametrize('n, max_batches', [(1000, 1000), (1000, 3), (9, 5), (50, 2)])
@@ -97,7 +115,7 @@ def test_a_token_beyond_the_vocabulary_is_named(tmp_path):
 def test_a_block_longer_than_the_data_is_named(tmp_path):
     with pytest.raises(ValueError, match='block_size=64 needs at least 65'):
         make(tmp_path, n=64, block_size=64)
-    X, _ = next(make(tmp_path, n=65, block_size=64).train_batches(0, 1, 0, 1, 'cpu'))
+    X, _ = next(make(tmp_path, n=65, block_size=64).train_batches([0], 'cpu'))
     assert X[0, 0] == 0
 
 

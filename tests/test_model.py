@@ -218,3 +218,21 @@ def test_model_py_touches_nothing_of_ours():
     with open(model_module.__file__, encoding='utf-8') as f:
         imports = {line.split()[1].split('.')[0] for line in f if line.startswith(('import ', 'from '))}
     assert imports == {'math', 'os', 'dataclasses', 'torch'}
+
+
+@pytest.mark.parametrize('dropout', [0.0, 0.2])
+def test_gradient_checkpointing_changes_no_gradient_and_keeps_less(dropout):
+    kept, gradients = [], []
+    for on in (False, True):
+        torch.manual_seed(1)
+        model = GPT(GPTConfig(block_size=32, vocab_size=11, n_layer=4, n_head=2, n_embd=32, dropout=dropout))
+        model.gradient_checkpointing = on
+        idx = torch.randint(11, (4, 32))
+        sizes = []
+        torch.manual_seed(2)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: (sizes.append(x.numel()), x)[1], lambda x: x):
+            loss = model(idx, idx)[1]
+        loss.backward()
+        kept.append(sum(sizes))
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients)) and kept[1] < kept[0] / 2

@@ -1,0 +1,142 @@
+"""
+Processes: how several of them meet, agree and share one model, and how one is asked to stop. The first is
+all torch's own: torchrun starts them, DDP or FSDP2 spreads the model. Without torchrun there is one process,
+and the functions that ask the others answer for it alone.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.utils._pytree import tree_map
+
+from configurator import fail
+from device import DTYPES
+
+
+def start(backend, device, timeout, micro_batches):
+    """
+    Join the processes that torchrun launched, which are to share `micro_batches` per iteration.
+
+    backend: 'nccl', 'gloo', or 'auto'; device: where the model lives
+    timeout: seconds without an answer after which the others are given up
+    """
+    n = int(os.environ['WORLD_SIZE'])
+    if micro_batches % n:
+        fits = [n * k for k in (micro_batches // n, micro_batches // n + 1) if k]
+        raise ValueError(f'gradient_accumulation_steps={micro_batches} cannot be shared by {n} processes; {" or ".join(map(str, fits))} can')
+    if 'mps' in device or (backend == 'nccl' and 'cuda' not in device):
+        raise ValueError(f'several processes on {device} with backend={backend!r} cannot work; use CUDA, or --device=cpu --backend=gloo')
+    if 'cuda' in device:
+        torch.cuda.set_device(device)
+        if backend in ('auto', 'nccl') and dist.is_nccl_available():
+            backend = 'cpu:gloo,cuda:nccl' # whoever asks about a flag in CPU memory does not wait for the GPU
+    dist.init_process_group('gloo' if backend == 'auto' else backend, timeout=timedelta(seconds=timeout))
+    sys.excepthook = lost_contact(sys.excepthook)
+
+
+def lost_contact(report):
+    """An excepthook that tells the loss of another process in one line and hands all else to `report`."""
+    def hook(kind, error, trace):
+        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and 'gloo' in str(error)):
+            reason = next((words for words in ('Connection closed', 'Connection reset', 'Broken pipe', 'Timed out') if words in str(error)), 'no answer')
+            time.sleep(2) # so that torchrun notices first the process that failed first
+            fail(f'lost contact with another process ({reason}); the run ends here, --init_from=auto goes on from its last checkpoint', 1)
+        report(kind, error, trace)
+    return hook
+
+
+def agree(value):
+    """Rank 0's `value`, any small object, on every rank."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, src=0, device=torch.device('cpu'))
+    return box[0]
+
+
+def any_rank(flag):
+    """Whether `flag` is true on at least one rank."""
+    if not dist.is_initialized():
+        return bool(flag)
+    flag = torch.tensor(float(bool(flag)))
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return flag.item() > 0
+
+
+def total(tensor):
+    """`tensor` summed over all ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+class StopSignals:
+    """True once somebody has asked this process to end: Ctrl-C, a scheduler's SIGTERM, SLURM's warning SIGUSR1."""
+
+    def __init__(self):
+        self.number = None
+        for name in ('SIGINT', 'SIGTERM', 'SIGUSR1'):
+            if hasattr(signal, name): # Windows has no SIGUSR1
+                signal.signal(getattr(signal, name), self.receive)
+
+    def receive(self, number, frame):
+        if self.number == number == signal.SIGINT: # a second Ctrl-C: leave at once
+            os._exit(130)
+        self.number = number
+
+    def __bool__(self):
+        return self.number is not None
+
+
+def shard(model, device, dtype, compile):
+    """
+    FSDP2: every rank keeps a share of every block's weights, gradients and optimizer state and fetches
+    the rest of a block when it is that block's turn (Zhao et al. 2023, arXiv:2304.11277). Changes
+    `model`, on CPU before, in place. In 16 bits the weights travel so; gradients are added in float32.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    mesh = init_device_mesh(device.partition(':')[0], (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy() if dtype == 'float32' else MixedPrecisionPolicy(param_dtype=DTYPES[dtype], reduce_dtype=torch.float32)
+    for block in model.transformer.h:
+        if compile:
+            block.compile(dynamic=False) # by block, between one exchange and the next
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def exchange(model, on):
+    """Context for a backward pass that does (on=True) or does not yet exchange gradients between ranks."""
+    if hasattr(model, 'set_requires_gradient_sync'): # FSDP2
+        model.set_requires_gradient_sync(on)
+    elif hasattr(model, 'no_sync') and not on: # DDP
+        return model.no_sync()
+    return contextlib.nullcontext()
+
+
+def gather(x):
+    """The whole of a tensor that FSDP shards, on its device; anything else as it is. All ranks must call it."""
+    return x.full_tensor() if hasattr(x, 'full_tensor') else x
+
+
+def gather_state(tree, keep):
+    """A state dict with every sharded tensor put together, in CPU memory, on ranks that `keep` it (elsewhere None)."""
+    def fetch(x):
+        if not hasattr(x, 'full_tensor'):
+            return x
+        x = x.full_tensor() # one tensor at a time on the GPU
+        return x.cpu() if keep else None
+    return tree_map(fetch, tree)
+
+
+def shard_like(tensor, param):
+    """This rank's share of a whole `tensor`, cut as FSDP cut `param`; the tensor itself where nothing is sharded."""
+    if not hasattr(param, 'full_tensor') or tensor.shape != param.shape:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(tensor.to(param.device), param.device_mesh, param.placements, src_data_rank=None)

@@ -1,0 +1,340 @@
+"""
+Runs that are killed, stopped, starved of disk, cut in two: what is lost, and whether the end is the same.
+`python -m pytest tests/test_faults.py` ends with the table that the README shows.
+"""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint as ckpt
+from conftest import TINY
+from runlog import read_log
+
+pytestmark = pytest.mark.skipif(os.name != 'posix', reason='signals and fork are those of POSIX')
+LONG = [*TINY, '--dropout=0.2', '--gradient_accumulation_steps=3', '--eval_interval=20', '--max_iters=100']
+
+
+class Runs:
+    """Runs of train.py in `project`, forked from a process that has torch already (spawn.py)."""
+
+    def __init__(self, project):
+        self.project, self.ends = project, {}
+        self.spawner = subprocess.Popen([sys.executable, Path(__file__).with_name('spawn.py')], cwd=project.path, text=True, bufsize=1,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+
+    def start(self, out, *flags):
+        """The pid of a run in out_dir `out`; what it prints is appended to the file of that name, .txt."""
+        print(json.dumps({'argv': ['train.py', *flags, f'--out_dir={out}'], 'log': f'{out}.txt'}), file=self.spawner.stdin, flush=True)
+        return self.read('started')
+
+    def read(self, key):
+        while True:
+            news = json.loads(self.spawner.stdout.readline())
+            if 'ended' in news:
+                self.ends[news['ended']] = news['status']
+            if key in news:
+                return news[key]
+
+    def wait(self, pid):
+        """Exit code of a run, minus the signal if one killed it."""
+        while pid not in self.ends:
+            self.read('ended')
+        return self.ends.pop(pid)
+
+    def run(self, out, *flags):
+        code = self.wait(self.start(out, *flags))
+        return code, self.text(out)
+
+    def text(self, out):
+        path = self.project.path / f'{out}.txt'
+        return path.read_text() if path.exists() else ''
+
+
+@pytest.fixture(scope='module')
+def runs(project):
+    runs = Runs(project)
+    yield runs
+    runs.spawner.stdin.close()
+    runs.spawner.wait(10)
+
+
+@pytest.fixture(scope='module')
+def straight(runs):
+    """The run LONG that nothing happens to."""
+    assert runs.run('straight', *LONG)[0] == 0
+    return runs.project.path / 'straight'
+
+
+def equal(a, b):
+    """Are two values (dicts, lists, tensors, ...) the same, bit for bit?"""
+    if torch.is_tensor(a):
+        return torch.is_tensor(b) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def outcome(folder):
+    """All that a run leaves and that may not depend on what happened to it: weights, optimizer, best, log."""
+    checkpoint = ckpt.load(str(folder / 'ckpt.pt'))
+    names = ('model', 'iter_num', 'best_val_loss', 'best_iter', 'best_file')
+    columns = ('iter', 'tokens', 'loss', 'train_loss', 'val_loss', 'lr', 'grad_norm', 'weight_norm', 'update_norm')
+    return [{name: checkpoint[name] for name in names}, ckpt.read(str(folder / checkpoint['optimizer_file'])),
+            ckpt.load(str(folder / 'best.pt'))['model'] if (folder / 'best.pt').exists() else None,
+            [[row.get(name) for name in columns] for row in read_log(folder / 'log.csv')]]
+
+
+def until(condition, seconds=60):
+    """Wait for condition() to be true."""
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, 'waited in vain'
+        time.sleep(0.005)
+
+
+def saved_at(folder):
+    """Iteration of the checkpoint in `folder`, 0 without one."""
+    names = [p.name for p in folder.glob('optimizer-*.pt')]
+    return max([int(name[len('optimizer-'):-len('.pt')].split('-')[0]) for name in names], default=0) if (folder / 'ckpt.pt').exists() else 0
+
+
+def test_a_run_killed_at_random_moments_ends_the_same_bit_for_bit(runs, tried):
+    flags = [*TINY, '--dropout=0.2', '--gradient_accumulation_steps=2', '--eval_interval=16', '--save_interval=1', '--max_iters=32',
+             '--always_save_checkpoint=False', '--keep_checkpoints=3', '--init_from=auto']
+    runs.run('warm', *flags) # the first one waits for the import of torch
+    start = time.time()
+    assert runs.run('unkilled', *flags)[0] == 0
+    length = time.time() - start
+    want, moment = outcome(runs.project.path / 'unkilled'), random.Random(1337)
+    folder = runs.project.path / 'killed'
+    kills = while_saving = ends = different = 0
+    while kills < 100 or folder.exists(): # the last run is brought to its end too
+        pid = runs.start('killed', *flags)
+        if kills < 100:
+            time.sleep(moment.uniform(0.0, 0.6 * length))
+            end = time.time() + 0.2 * (kills % 2) # every second time not until the next save is under way
+            while not (saving := any(folder.glob('*.partial'))) and time.time() < end:
+                pass
+            with contextlib.suppress(ProcessLookupError): # at its end already
+                os.kill(pid, signal.SIGKILL)
+        if runs.wait(pid) == -signal.SIGKILL:
+            kills, while_saving = kills + 1, while_saving + saving
+        else:
+            ends, different = ends + 1, different + (not equal(outcome(folder), want))
+            shutil.rmtree(folder)
+    tried('kill -9 at a random moment, restart with --init_from=auto', f'{kills} kills, {while_saving} of them within a save',
+          f'{ends} runs came to their end, {different} results different')
+    assert different == 0 and while_saving > 0
+
+
+@pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT', 'SIGUSR1'])
+def test_a_signal_ends_a_run_with_all_its_work_saved(runs, straight, tried, name):
+    out = f'stopped-{name}'
+    pid = runs.start(out, *LONG)
+    until(lambda: len(read_log(runs.project.path / out / 'log.csv')) > 30)
+    os.kill(pid, getattr(signal, name))
+    assert runs.wait(pid) == 0
+    text = runs.text(out)
+    assert 'stopped, go on by the same command with --init_from=resume: iteration ' in text
+    stopped = saved_at(runs.project.path / out)
+    assert 20 < stopped < 100 and f'iteration {stopped},' in text
+    last = max(row['iter'] for row in read_log(runs.project.path / out / 'log.csv'))
+    code, text = runs.run(out, *LONG, '--init_from=resume')
+    assert code == 0 and f'resuming {out}/ckpt.pt at iteration {stopped}' in text
+    assert last == stopped - 1 and equal(outcome(runs.project.path / out), outcome(straight))
+    tried(name, 'once', 'saved at that iteration, exit code 0, nothing lost')
+
+
+def test_a_second_ctrl_c_leaves_at_once(runs, tried):
+    pid = runs.start('hurry', *TINY, '--gradient_accumulation_steps=100000')
+    until(lambda: 'step 0:' in runs.text('hurry'))
+    os.kill(pid, signal.SIGINT)
+    time.sleep(0.3)
+    assert pid not in runs.ends
+    start = time.time()
+    os.kill(pid, signal.SIGINT)
+    assert runs.wait(pid) == 130 and time.time() - start < 2
+    tried('SIGINT twice within an iteration', 'once', 'left at once, exit code 130; lost: the work since the last save')
+
+
+def test_a_full_disk_costs_no_more_than_that_save(runs, straight, tried):
+    folder = runs.project.path / 'full'
+    folder.mkdir()
+    (folder / 'optimizer-40.pt.partial').symlink_to('/dev/full') # the kernel answers "no space left on device" to every write
+    (folder / 'ckpt.pt.partial').symlink_to('/dev/full') # and at iteration 20 to the second file of the pair
+    code, text = runs.run('full', *LONG)
+    lines = [line for line in text.splitlines() if 'No space left on device' in line]
+    assert [line.split(':')[0] for line in lines] == ['iteration 20', 'iteration 40'] and 'training goes on' in lines[0]
+    assert code == 0 and equal(outcome(folder), outcome(straight))
+    tried('disk full at a save', '2 saves', 'one line each, the pair before stays, the next save holds all; exit code 0')
+
+
+def test_a_disk_that_stays_full_leaves_the_last_good_pair_and_an_exit_code(runs, straight, tried):
+    folder = runs.project.path / 'fuller'
+    assert runs.run('fuller', *LONG, '--max_iters=80')[0] == 0
+    (folder / 'ckpt.pt.partial').symlink_to('/dev/full')
+    code, text = runs.run('fuller', *LONG, '--init_from=resume')
+    assert code == 1 and 'error: ckpt.pt could not be written at the last attempt' in text
+    assert ckpt.load(str(folder))['iter_num'] == 80 and (folder / 'optimizer-80.pt').exists()
+    assert runs.run('fuller', *LONG, '--init_from=auto')[0] == 0 and equal(outcome(folder), outcome(straight))
+    assert not list(folder.glob('*.partial'))
+    tried('disk full at the last save', 'once', 'the pair before stays valid, exit code 1')
+
+
+def test_a_folder_that_goes_away_and_comes_back(runs, straight, tried):
+    folder, away = runs.project.path / 'gone', runs.project.path / 'gone-elsewhere'
+    pid = runs.start('gone', *LONG, '--save_interval=5')
+    until(lambda: saved_at(folder) >= 10)
+    folder.rename(away)
+    folder.write_text('a file where the folder was')
+    until(lambda: 'training goes on, the next save' in runs.text('gone'))
+    folder.unlink()
+    assert runs.wait(pid) == 0
+    lines = [line for line in runs.text('gone').splitlines() if 'goes on' in line]
+    assert all('Not a directory' in line or 'File exists' in line for line in lines), lines
+    assert ckpt.load(str(away))['iter_num'] >= 10
+    assert equal(outcome(folder)[:2], outcome(straight)[:2])
+    tried('out_dir gone during a run', 'once', 'one line a save, then the folder is made anew; lost: rows of the log')
+
+
+def test_a_flipped_bit_is_noticed_or_harmless(runs, straight, tmp_path, tried):
+    """Every bit of a checkpoint that matters is under a checksum; names, sizes and padding around them are not all."""
+    rng = np.random.default_rng(1337)
+    refused = 0
+    for name in ('ckpt.pt', 'optimizer-100.pt'):
+        content, want = (straight / name).read_bytes(), torch.load(straight / name, weights_only=True)
+        for _ in range(150):
+            damaged = bytearray(content)
+            damaged[rng.integers(len(content))] ^= 1 << int(rng.integers(8))
+            (tmp_path / name).write_bytes(damaged)
+            try:
+                assert equal(ckpt.read(str(tmp_path / name)), want)
+            except ValueError as e:
+                assert 'truncated or damaged' in str(e)
+                refused += 1
+    assert refused > 150
+    tried('one bit flipped in a checkpoint', '300 bits', f'{refused} refused in one line, {300 - refused} in padding: content the same')
+
+
+def test_a_truncated_checkpoint_is_refused_at_any_length(straight, tmp_path, tried):
+    content, rng = (straight / 'ckpt.pt').read_bytes(), np.random.default_rng(1337)
+    for length in [0, 1, len(content) - 1, *rng.integers(len(content), size=50)]:
+        (tmp_path / 'ckpt.pt').write_bytes(content[:length])
+        with pytest.raises(ValueError, match='truncated or damaged'):
+            ckpt.load(str(tmp_path))
+    tried('checkpoint truncated', '53 lengths', 'refused in one line')
+
+
+def test_an_optimizer_file_that_is_missing_or_of_another_model_is_one_line(project, straight, tmp_path):
+    for name in ('ckpt.pt', 'optimizer-100.pt'):
+        shutil.copy(straight / name, tmp_path / name)
+    other = torch.load(tmp_path / 'optimizer-100.pt', weights_only=True)
+    other['param_groups'][0]['params'].pop()
+    torch.save(other, tmp_path / 'optimizer-100.pt')
+    flags = [*TINY, '--init_from=resume', f'--out_dir={tmp_path}']
+    assert 'optimizer state does not fit this model' in project.error('train.py', *flags)
+    (tmp_path / 'optimizer-100.pt').unlink()
+    assert 'optimizer-100.pt not found' in project.error('train.py', *flags)
+
+
+def test_a_hostile_file_is_refused_and_executes_nothing(project, straight, tmp_path, tried):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / 'executed'),)
+    for name in ('ckpt.pt', 'optimizer-100.pt'):
+        shutil.copy(straight / 'ckpt.pt', tmp_path / 'ckpt.pt')
+        torch.save({'model': Evil(), 'state': {}, 'param_groups': []}, tmp_path / name)
+        line = project.error('train.py', *TINY, '--init_from=resume', f'--out_dir={tmp_path}')
+        assert f'{name} refused: it holds code' in line and not (tmp_path / 'executed').exists()
+    tried('hostile checkpoint, optimizer file, meta.pkl', 'one each', 'refused in one line, nothing executed')
+
+
+def test_keep_checkpoints_keeps_the_latest_pairs_and_each_can_be_gone_back_to(runs, straight):
+    assert runs.run('history', *LONG, '--keep_checkpoints=3')[0] == 0
+    folder = runs.project.path / 'history'
+    assert sorted(p.name for p in folder.glob('*.pt')) == sorted(['ckpt.pt', *(f'{kind}-{n}.pt' for kind in ('ckpt', 'optimizer') for n in (60, 80, 100))])
+    shutil.copy(folder / 'ckpt-60.pt', folder / 'ckpt.pt')
+    code, text = runs.run('history', *LONG, '--init_from=resume')
+    assert code == 0 and 'at iteration 60' in text and equal(outcome(folder)[:2], outcome(straight)[:2])
+
+
+def test_the_best_is_kept_beside_the_last(runs, project):
+    flags = [*LONG, '--always_save_checkpoint=False', '--learning_rate=0.3', '--min_lr=0.3'] # so high that the loss goes up and down
+    assert runs.run('best', *flags)[0] == 0
+    folder = project.path / 'best'
+    rows = {row['iter']: row['val_loss'] for row in read_log(folder / 'log.csv') if 'val_loss' in row and row['iter'] > 0}
+    best = ckpt.load(str(folder))
+    assert best['path'].endswith('best.pt') and best['iter_num'] == min(rows, key=rows.get) == best['best_iter']
+    last = ckpt.load(str(folder / 'ckpt.pt'))
+    assert last['iter_num'] == 100 and last['best_val_loss'] == best['best_val_loss'] == pytest.approx(min(rows.values()))
+    assert 'out_dir' not in project.run('sample.py', '--device=cpu', '--out_dir=best', '--num_samples=1', '--max_new_tokens=5').stderr
+    assert runs.run('best', *LONG, '--init_from=resume', '--max_iters=120')[0] == 0 # now the last alone is asked for
+    assert not (folder / 'best.pt').exists() or ckpt.load(str(folder))['best_val_loss'] == ckpt.load(str(folder / 'ckpt.pt'))['best_val_loss']
+
+
+def test_a_new_run_in_an_old_folder_leaves_nothing_of_the_old_one(runs, project):
+    assert runs.run('reused', *LONG, '--always_save_checkpoint=False')[0] == 0
+    assert (project.path / 'reused' / 'best.pt').exists()
+    assert runs.run('reused', *LONG, '--max_iters=40', '--seed=3')[0] == 0
+    assert sorted(os.listdir(project.path / 'reused')) == ['ckpt.pt', 'config.py', 'log.csv', 'loss.png', 'optimizer-40.pt']
+    assert max(row['iter'] for row in read_log(project.path / 'reused' / 'log.csv')) == 40
+
+
+def test_divergence_stops_the_run_and_leaves_the_last_checkpoint(runs, tried):
+    assert runs.run('diverged', *LONG, '--max_iters=40')[0] == 0
+    folder = runs.project.path / 'diverged'
+    before = {p.name: p.read_bytes() for p in folder.glob('*.pt')}
+    code, text = runs.run('diverged', *LONG, '--init_from=resume', '--learning_rate=1e36', '--min_lr=1e36', '--save_interval=1', '--max_bad_steps=7')
+    assert code == 1 and text.splitlines()[-1].startswith('error: no finite loss or gradient in 7 steps in a row; ')
+    assert before == {p.name: p.read_bytes() for p in folder.glob('*.pt')}
+    rows = [row for row in read_log(folder / 'log.csv') if row['iter'] >= 40 and 'bad_steps' in row]
+    assert [row['bad_steps'] for row in rows] == [0] + [1] * 7
+    tried('divergence (learning rate of 1e36), saving at every step', 'once', 'stopped after max_bad_steps, the checkpoint from before it untouched')
+
+
+BAD_LOSS = """
+import sys, os, runpy, torch.nn.functional as F
+real, calls = F.cross_entropy, 0
+def cross_entropy(logits, targets, **kwargs):
+    global calls
+    calls += logits.requires_grad
+    loss = real(logits, targets, **kwargs)
+    return loss + float('inf') if calls == 7 and logits.requires_grad and os.environ.get('RANK', '1') == '1' else loss
+F.cross_entropy = cross_entropy
+sys.argv = sys.argv[1:]
+sys.path.insert(0, '.')
+runpy.run_path('train.py', run_name='__main__')
+"""
+
+
+@pytest.mark.parametrize('processes', [1, 2])
+def test_a_step_with_an_infinite_loss_is_skipped_by_all(project, processes, tried):
+    """An infinite loss whose gradient is finite, on one rank only: the hardest to notice."""
+    (project.path / 'bad_loss.py').write_text(BAD_LOSS)
+    launcher = (sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2') if processes == 2 else (sys.executable,)
+    out = f'skipped-{processes}'
+    project.run('bad_loss.py', 'train.py', *TINY, '--gradient_accumulation_steps=2', '--max_iters=10', '--eval_interval=100', '--save_interval=1',
+                '--keep_checkpoints=20', f'--out_dir={out}', launcher=launcher)
+    bad = {row['iter'] for row in read_log(project.path / out / 'log.csv') if row.get('bad_steps')}
+    assert bad == {3 if processes == 1 else 6} # the seventh micro-batch of that process
+    it = bad.pop()
+    # not saved with the bad step ahead; at it + 1 what was there at `it`, which is it - 1 and one good step on
+    names = [p.name for p in (project.path / out).glob('ckpt-*.pt')]
+    assert f'ckpt-{it}.pt' not in names and f'ckpt-{it + 1}.pt' in names
+    state = lambda n: torch.load(project.path / out / f'optimizer-{n}.pt', weights_only=True)['state'][0]['step'].item()
+    assert (state(it - 1), state(it + 1), state(it + 2)) == (it - 1, it, it + 1)
+    tried(f'an infinite loss on one of {processes} processes', 'once', 'that step skipped by all, counted and logged; nothing else lost')
