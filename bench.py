@@ -4,6 +4,7 @@ How fast does this machine train? Times the step of train.py and sets it beside 
 $ python bench.py config/train_shakespeare_char.py config/cpu.py
 $ python bench.py config/train_gpt2.py --real_data=False
 $ python bench.py config/train_shakespeare_char.py --profile=True    # writes trace.json for chrome://tracing
+$ python bench.py config/train_shakespeare_char.py config/cpu.py --guards=True --steps=300    # what the safety of a run costs
 """
 
 from configurator import configure
@@ -13,6 +14,7 @@ from configurator import configure
 steps = 20 # measured steps; the figures are medians over them
 warmup_steps = 5 # unmeasured ones before, compilation included
 real_data = True # False: random tokens, so that nothing need be prepared
+guards = False # True: also alternate steps with and without train.py's checks for bad gradients, signals, and its log
 profile = False # True: also write trace.json with torch's profiler
 # data
 dataset = 'openwebtext' # a folder of data/ that was prepared
@@ -35,14 +37,17 @@ config, given = configure(globals(), also=('train.py',)) # a training recipe tel
 import itertools
 import os
 import statistics
+import tempfile
 import time
 
 import torch
 
 from data.loader import Loader
 from data.tokenizer import GPT2, load_meta
-from device import DTYPES, autocast, peak_flops, resolve, tune
+from device import DTYPES, autocast, memory_gb, peak_flops, resolve, tune
 from model import GPT, GPTConfig
+from parallel import any_rank
+from runlog import RunLog
 
 if steps < 1:
     raise ValueError(f'steps={steps} must be at least 1')
@@ -77,21 +82,33 @@ def clock():
         getattr(torch, device.partition(':')[0]).synchronize()
     return time.perf_counter()
 
-def step():
-    """One training step: seconds of data, forward, backward, optimizer."""
+def step(guarded=False):
+    """One training step: seconds of data, forward, backward, optimizer (in it most of the guards, as in train.py)."""
+    global bad_in_row, clipped
     ticks = [clock()]
     X, Y = next(batches)
     ticks.append(clock())
     with ctx:
         _, loss = model(X, Y)
+        if guarded:
+            loss = loss * (1 + 0 * loss.detach())
     ticks.append(clock())
     scaler.scale(loss).backward()
     ticks.append(clock())
     scaler.unscale_(optimizer)
-    torch.nn.utils.clip_grad_norm_(raw_model.parameters(), 1.0)
+    grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), 1.0)
+    if guarded:
+        bad = (~grad_norm.isfinite()).float()
+        bad_in_row, clipped = (bad_in_row + 1) * bad, clipped + (grad_norm > 1.0)
+        optimizer.found_inf = bad
+        any_rank(False)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
+    if guarded: # a row of the log at every step
+        log.row(iter=0, tokens=0, loss=loss.item(), lr=1e-4, grad_norm=grad_norm.item(), clipped=clipped.item(), bad_steps=int(bad_in_row),
+                tokens_per_second=0.0, memory_gb=memory_gb(device))
+        del optimizer.found_inf
     ticks.append(clock())
     return [b - a for a, b in zip(ticks, ticks[1:])]
 
@@ -122,6 +139,14 @@ ceiling = matmul_ceiling()
 print(f'  {raw_model.estimate_mfu(batch_size, dt, ceiling) * 100:.1f}% of a 2048 x 2048 matmul on this machine now ({ceiling / 1e12:.3f} TFLOP/s)')
 if peak_flops(device, dtype):
     print(f'  {raw_model.estimate_mfu(batch_size, dt, peak_flops(device, dtype)) * 100:.1f}% MFU (data sheet: {peak_flops(device, dtype) / 1e12:.0f} TFLOP/s)')
+if guards:
+    bad_in_row, clipped = torch.zeros(2, device=device)
+    with tempfile.TemporaryDirectory() as folder:
+        log = RunLog(folder, config, quiet=False)
+        log.bar.disable = True
+        plain, guarded = zip(*((sum(step()), sum(step(guarded=True))) for _ in range(steps)))
+    plain, guarded = statistics.median(plain), statistics.median(guarded)
+    print(f'  guards     {(guarded - plain) * 1000:9.2f} ms   ({(guarded / plain - 1) * 100:+.2f}% of {plain * 1000:.2f} ms, medians of {steps} alternating pairs)')
 if profile:
     with torch.profiler.profile() as trace:
         step()

@@ -13,6 +13,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 from torch.utils._pytree import tree_map
 
 from configurator import fail
@@ -36,15 +37,22 @@ def start(backend, device, timeout, micro_batches):
         torch.cuda.set_device(device)
         if backend in ('auto', 'nccl') and dist.is_nccl_available():
             backend = 'cpu:gloo,cuda:nccl' # whoever asks about a flag in CPU memory does not wait for the GPU
-    dist.init_process_group('gloo' if backend == 'auto' else backend, timeout=timedelta(seconds=timeout))
-    sys.excepthook = lost_contact(sys.excepthook)
+    sys.excepthook = hook = lost_contact(sys.excepthook)
+    timeout = timedelta(seconds=timeout)
+    store, rank, _ = next(rendezvous('env://', timeout=timeout))
+    if os.environ.get('LOCAL_WORLD_SIZE') == os.environ['WORLD_SIZE']:
+        # torchrun (2.13) keeps one store over its restarts, and in it the addresses of the dead; several machines
+        # may count restarts differently and need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, a new store each time
+        store = dist.PrefixStore(f'attempt-{os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}', store)
+    dist.init_process_group('gloo' if backend == 'auto' else backend, store=store, rank=rank, world_size=n, timeout=timeout)
+    sys.excepthook = hook # torch has put one of its own before it
 
 
 def lost_contact(report):
     """An excepthook that tells the loss of another process in one line and hands all else to `report`."""
     def hook(kind, error, trace):
-        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and 'gloo' in str(error)):
-            reason = next((words for words in ('Connection closed', 'Connection reset', 'Broken pipe', 'Timed out') if words in str(error)), 'no answer')
+        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and 'gloo' in str(error).lower()):
+            reason = next((words for words in ('connection closed', 'connection reset', 'connection refused', 'broken pipe', 'timed out') if words in str(error).lower()), 'no answer')
             time.sleep(2) # so that torchrun notices first the process that failed first
             fail(f'lost contact with another process ({reason}); the run ends here, --init_from=auto goes on from its last checkpoint', 1)
         report(kind, error, trace)

@@ -1,10 +1,13 @@
 """Shared by the tests: a copy of the project to run its scripts in, a small text, a small trained run."""
 
+import json
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -19,21 +22,69 @@ TINY = ['--device=cpu', '--compile=False', '--dataset=tiny', '--n_layer=2', '--n
         '--eval_interval=5', '--max_iters=10', '--lr_decay_iters=20']
 
 
+class Spawner:
+    """Runs scripts in processes forked from one that has imported torch already (spawn.py); POSIX only."""
+
+    def __init__(self):
+        self.running, self.codes = set(), {}
+        self.process = subprocess.Popen([sys.executable, Path(__file__).with_name('spawn.py')], text=True, bufsize=1, stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+
+    def start(self, argv, cwd, stdout, stderr, env=None):
+        """The pid of a script under way; stdout and stderr are files that what it prints is appended to."""
+        order = dict(argv=list(map(str, argv)), cwd=str(cwd), stdout=str(stdout), stderr=str(stderr), env=env or {})
+        print(json.dumps(order), file=self.process.stdin, flush=True)
+        pid = self.read('started')
+        self.running.add(pid)
+        return pid
+
+    def read(self, key):
+        while True:
+            news = json.loads(self.process.stdout.readline())
+            if 'ended' in news:
+                self.running.discard(news['ended'])
+                self.codes[news['ended']] = news['code']
+            if key in news:
+                return news[key]
+
+    def wait(self, pid, seconds=120):
+        """Exit code of a script, minus the signal if one killed it. It is killed after so many seconds."""
+        alarm = threading.Timer(seconds, os.kill, (pid, signal.SIGKILL))
+        alarm.start()
+        while pid not in self.codes:
+            self.read('ended')
+        alarm.cancel()
+        return self.codes.pop(pid)
+
+    def close(self):
+        for pid in self.running: # of tests that failed
+            os.kill(pid, signal.SIGKILL)
+        self.process.stdin.close()
+        self.process.wait(10)
+
+
 class Project:
     """A copy of the project in a folder of its own, so that no test touches the user's data and runs."""
 
-    def __init__(self, path):
-        self.path = path
+    def __init__(self, path, spawner=None):
+        self.path, self.spawner, self.count = path, spawner, 0
         for source in [*ROOT.glob('*.py'), *ROOT.glob('config/*.py'), *ROOT.glob('data/**/*.py'), ROOT / 'Makefile']:
             target = path / source.relative_to(ROOT)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, target)
         write_dataset(path / 'data' / 'tiny')
 
-    def run(self, *args, env=None, launcher=(sys.executable,), check=True):
-        """Run a script; the finished process, with stdout and stderr as text."""
-        done = subprocess.run([*launcher, *map(str, args)], cwd=self.path, text=True, capture_output=True, timeout=120,
-                              env={**os.environ, 'OMP_NUM_THREADS': '1', **(env or {})})
+    def run(self, *args, env=None, launcher=None, check=True):
+        """Run a script, by itself or by a launcher; the finished process, with stdout and stderr as text."""
+        args = list(map(str, args))
+        if launcher or not self.spawner:
+            done = subprocess.run([*(launcher or [sys.executable]), *args], cwd=self.path, text=True, capture_output=True, timeout=120,
+                                  env={**os.environ, 'OMP_NUM_THREADS': '1', **(env or {})})
+        else:
+            self.count += 1
+            files = [self.path / f'run-{self.count}.{name}' for name in ('out', 'err')]
+            code = self.spawner.wait(self.spawner.start(args, self.path, *files, env))
+            done = subprocess.CompletedProcess(args, code, *(path.read_text(encoding='utf-8') for path in files))
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done
 
@@ -59,7 +110,10 @@ def write_dataset(folder, text='to be or not to be, that is the question:\n' * 6
 
 @pytest.fixture(scope='session')
 def project(tmp_path_factory):
-    return Project(tmp_path_factory.mktemp('project'))
+    spawner = Spawner() if os.name == 'posix' else None
+    yield Project(tmp_path_factory.mktemp('project'), spawner)
+    if spawner:
+        spawner.close()
 
 
 @pytest.fixture(scope='session')

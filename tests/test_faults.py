@@ -4,15 +4,12 @@ Runs that are killed, stopped, starved of disk, cut in two: what is lost, and wh
 """
 
 import contextlib
-import json
 import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,35 +24,17 @@ LONG = [*TINY, '--dropout=0.2', '--gradient_accumulation_steps=3', '--eval_inter
 
 
 class Runs:
-    """Runs of train.py in `project`, forked from a process that has torch already (spawn.py)."""
+    """Runs of train.py in `project` that can be killed; what one prints is appended to a file named after its out_dir."""
 
     def __init__(self, project):
-        self.project, self.ends = project, {}
-        self.spawner = subprocess.Popen([sys.executable, Path(__file__).with_name('spawn.py')], cwd=project.path, text=True, bufsize=1,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+        self.project, self.wait = project, project.spawner.wait
 
     def start(self, out, *flags):
-        """The pid of a run in out_dir `out`; what it prints is appended to the file of that name, .txt."""
-        print(json.dumps({'argv': ['train.py', *flags, f'--out_dir={out}'], 'log': f'{out}.txt'}), file=self.spawner.stdin, flush=True)
-        return self.read('started')
-
-    def read(self, key):
-        while True:
-            news = json.loads(self.spawner.stdout.readline())
-            if 'ended' in news:
-                self.ends[news['ended']] = news['status']
-            if key in news:
-                return news[key]
-
-    def wait(self, pid):
-        """Exit code of a run, minus the signal if one killed it."""
-        while pid not in self.ends:
-            self.read('ended')
-        return self.ends.pop(pid)
+        path = self.project.path / f'{out}.txt'
+        return self.project.spawner.start(['train.py', *flags, f'--out_dir={out}'], self.project.path, path, path)
 
     def run(self, out, *flags):
-        code = self.wait(self.start(out, *flags))
-        return code, self.text(out)
+        return self.wait(self.start(out, *flags)), self.text(out)
 
     def text(self, out):
         path = self.project.path / f'{out}.txt'
@@ -64,10 +43,7 @@ class Runs:
 
 @pytest.fixture(scope='module')
 def runs(project):
-    runs = Runs(project)
-    yield runs
-    runs.spawner.stdin.close()
-    runs.spawner.wait(10)
+    return Runs(project)
 
 
 @pytest.fixture(scope='module')
@@ -164,7 +140,7 @@ def test_a_second_ctrl_c_leaves_at_once(runs, tried):
     until(lambda: 'step 0:' in runs.text('hurry'))
     os.kill(pid, signal.SIGINT)
     time.sleep(0.3)
-    assert pid not in runs.ends
+    assert pid in runs.project.spawner.running
     start = time.time()
     os.kill(pid, signal.SIGINT)
     assert runs.wait(pid) == 130 and time.time() - start < 2
