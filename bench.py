@@ -108,7 +108,7 @@ def step(guarded=False):
     if guarded: # a row of the log at every step
         log.row(iter=0, tokens=0, loss=loss.item(), lr=1e-4, grad_norm=grad_norm.item(), clipped=clipped.item(), bad_steps=int(bad_in_row),
                 tokens_per_second=0.0, memory_gb=memory_gb(device))
-        del optimizer.found_inf
+        vars(optimizer).pop('found_inf', None) # the scaler of float16 takes it away itself
     ticks.append(clock())
     return [b - a for a, b in zip(ticks, ticks[1:])]
 

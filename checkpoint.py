@@ -5,6 +5,7 @@ folder. Whenever the machine stops, a pair that belongs together is on disk. bes
 keeps one, is a ckpt.pt without an optimizer.
 """
 
+import errno
 import glob
 import itertools
 import os
@@ -14,7 +15,7 @@ import zipfile
 import torch
 
 from data.tokenizer import GPT2, write_whole
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, resolve_sizes
 from parallel import shard_like
 
 PREFIXES = ('_orig_mod.', 'module.') # what torch.compile and DDP put before parameter names
@@ -35,18 +36,29 @@ def save(path, checkpoint, optimizer_state=None, keep=1):
     stem = next(filter(free, itertools.chain([f'{checkpoint["iter_num"]}'], (f'{checkpoint["iter_num"]}-{n}' for n in itertools.count(1)))))
     write(os.path.join(folder, f'optimizer-{stem}.pt'), optimizer_state)
     write(path, {**checkpoint, 'optimizer_file': f'optimizer-{stem}.pt'})
-    if keep > 1:
-        try:
-            os.link(path, os.path.join(folder, f'ckpt-{stem}.pt')) # a second name, no second copy
-        except OSError: # not every file system has links
-            shutil.copyfile(path, os.path.join(folder, f'ckpt-{stem}.pt'))
-    history = sorted(glob.glob(os.path.join(glob.escape(folder), 'ckpt-*.pt')), key=os.path.getmtime)
-    kept = {stem} | {os.path.basename(old)[len('ckpt-'):-len('.pt')] for old in history[-keep:] if keep > 1}
-    for old in history + glob.glob(os.path.join(glob.escape(folder), 'optimizer-*')):
-        if os.path.basename(old).removesuffix('.pt').partition('-')[2] not in kept:
+    try: # the new pair is whole; what follows may fail without harm, and is done again at the next save
+        if not checkpoint.get('best_file') and os.path.exists(os.path.join(folder, 'best.pt')):
+            os.remove(os.path.join(folder, 'best.pt')) # an earlier run's, or no longer the best
+        for old in glob.glob(os.path.join(glob.escape(folder), '*.pt.old')):
             os.remove(old)
-    if not checkpoint.get('best_file') and os.path.exists(os.path.join(folder, 'best.pt')):
-        os.remove(os.path.join(folder, 'best.pt')) # an earlier run's, or no longer the best
+        history = sorted(glob.glob(os.path.join(glob.escape(folder), 'ckpt-*.pt')), key=os.path.getmtime)
+        kept = {stem} | {os.path.basename(old)[len('ckpt-'):-len('.pt')] for old in history[1 - keep:] if keep > 1}
+        for old in history + glob.glob(os.path.join(glob.escape(folder), 'optimizer-*')):
+            if os.path.basename(old).removesuffix('.pt').partition('-')[2] not in kept:
+                os.remove(old)
+        if keep > 1: # a copy, not a link: who copies an older one over ckpt.pt must not write into this one
+            with open(path, 'rb') as f:
+                write_whole(os.path.join(folder, f'ckpt-{stem}.pt'), lambda copy: shutil.copyfileobj(f, copy))
+    except OSError as e:
+        print(f'{folder}: {e.strerror or e}; older checkpoints stay as they are', flush=True)
+
+
+def set_aside(folder):
+    """Rename what an earlier run left in `folder`, so that nobody resumes it for this one; the first save removes it."""
+    for name in ('ckpt.pt', 'best.pt'):
+        path = os.path.join(folder, name)
+        if os.path.exists(path):
+            os.replace(path, path + '.old')
 
 
 def write(path, content):
@@ -70,7 +82,11 @@ def read(path):
         return torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError as e:
         raise FileNotFoundError(f'{path} not found') from e
-    except Exception as e: # a damaged file raises RuntimeError, UnpicklingError, EOFError, KeyError, ...
+    except Exception as e: # a damaged file raises RuntimeError, UnpicklingError, EOFError, KeyError, OSError of a bad offset, ...
+        if isinstance(e, MemoryError) or 'allocate memory' in str(e):
+            raise OSError(f'cannot read {path}: not enough memory') from e
+        if isinstance(e, OSError) and e.errno != errno.EINVAL:
+            raise OSError(f'cannot read {path}: {e.strerror or e}') from e
         reason = 'it holds code, not only weights' if 'unsupported global' in str(e).lower() else 'it is truncated or damaged'
         raise ValueError(f'{path} refused: {reason}') from e
 
@@ -101,24 +117,25 @@ def load(path):
     return checkpoint
 
 
-def open_model(source, dropout=0.0):
+def open_model(source, **dropouts):
     """
     (model, checkpoint) from a path to a checkpoint, a GPT-2 name, or a folder with a GPT2LMHeadModel.
 
-    For the latter two the checkpoint holds no more than the tokenizer's meta, if it is known.
+    For the latter two the checkpoint holds no more than the tokenizer's meta, if it is known. `dropouts`:
+    today's dropout and attn_dropout, none unless given.
     """
     if os.path.exists(os.path.join(source, 'config.json')):
-        return GPT.from_pretrained(source, dict(dropout=dropout)), {}
+        return GPT.from_pretrained(source, dropouts), {}
     if source.startswith('gpt2') and not os.path.exists(source):
-        return GPT.from_pretrained(source, dict(dropout=dropout)), {'meta': GPT2}
+        return GPT.from_pretrained(source, dropouts), {'meta': GPT2}
     checkpoint = load(source)
-    return build_model(checkpoint, dropout), checkpoint
+    return build_model(checkpoint, **dropouts), checkpoint
 
 
-def build_model(checkpoint, dropout=0.0):
+def build_model(checkpoint, dropout=0.0, attn_dropout=None):
     """The GPT that a loaded checkpoint describes, with its weights, on CPU; ValueError where they do not fit."""
     sizes = {name: value for name, value in checkpoint['model_args'].items() if name in GPTConfig.__dataclass_fields__}
-    model = GPT(GPTConfig(**{**sizes, 'dropout': dropout}))
+    model = GPT(GPTConfig(**{**sizes, 'dropout': dropout, 'attn_dropout': attn_dropout}))
     try:
         model.load_state_dict(checkpoint['model'])
     except RuntimeError as e:
@@ -127,21 +144,26 @@ def build_model(checkpoint, dropout=0.0):
 
 
 def fit_sizes(model, asked, source):
-    """Crop the context to asked['block_size']; refuse other sizes in `asked` than the weights from `source` have."""
-    asked = dict(asked)
-    block_size = asked.pop('block_size', model.config.block_size)
-    for name, value in asked.items():
-        if value != getattr(model.config, name):
-            raise ValueError(f'{source}: the weights have {name}={getattr(model.config, name)}, you ask for {value}; '
+    """
+    Give `model` the block_size that flags ask for (`asked`, a dict of knobs); refuse what they ask for and the
+    weights from `source` do not have.
+    """
+    theirs = model.config
+    n_head, n_embd = resolve_sizes(asked, default=(theirs.n_head, theirs.n_embd))
+    free = ('block_size', 'd_head', 'd_model', 'dropout', 'attn_dropout', 'init')
+    for name, value in {**asked, 'n_head': n_head, 'n_embd': n_embd}.items():
+        if name not in free and value != getattr(theirs, name):
+            raise ValueError(f'{source}: the weights have {name}={getattr(theirs, name)}, you ask for {value}; '
                              f'drop --{name}, or start anew with --init_from=scratch')
-    if block_size > model.config.block_size:
-        raise ValueError(f'{source}: the weights have block_size={model.config.block_size}, you ask for {block_size}; lower --block_size')
+    block_size = asked.get('block_size', theirs.block_size)
+    if block_size > theirs.block_size and theirs.pos == 'learned':
+        raise ValueError(f'{source}: the weights have block_size={theirs.block_size}, you ask for {block_size}; lower --block_size')
     model.crop_block_size(block_size)
 
 
-def restarted(path, config):
-    """Whether torchrun has restarted a run whose checkpoint, with these knobs, is at `path`."""
-    if os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') == '0' or not os.path.exists(path):
+def made_by(config, path):
+    """Whether the checkpoint at `path`, if there is one, comes from a run with these knobs."""
+    if not os.path.exists(path):
         return False
     checkpoint = load(path)
     theirs = checkpoint.get('config', {}) # sizes stand there as they turned out
@@ -152,13 +174,20 @@ def load_optimizer(optimizer, scaler, checkpoint):
     """Put a checkpoint's optimizer state, and the gradient scaler's, back; ValueError where it is missing or does not fit."""
     state = checkpoint.get('optimizer') # nanoGPT keeps it in the same file
     if state is None:
+        if not checkpoint.get('optimizer_file'):
+            raise ValueError(f'{checkpoint["path"]} has no optimizer state to resume with; fine-tune from it: --init_from={checkpoint["path"]}')
         state = read(os.path.join(os.path.dirname(checkpoint['path']), os.path.basename(str(checkpoint.get('optimizer_file')))))
     try:
         params = [p for group in optimizer.param_groups for p in group['params']]
         for i, tensors in state['state'].items():
-            state['state'][i] = {name: shard_like(t, params[i]) if torch.is_tensor(t) else t for name, t in tensors.items()}
+            for name, t in tensors.items():
+                if torch.is_tensor(t) and t.dim() == 2 and t.shape[1:] == params[i].shape[1:]:
+                    t = t[:len(params[i])] # where block_size was cropped, wpe's state is too
+                if torch.is_tensor(t) and t.dim() and t.shape != params[i].shape:
+                    raise ValueError(f'{tuple(t.shape)} for a parameter of {tuple(params[i].shape)}')
+                tensors[name] = shard_like(t, params[i]) if torch.is_tensor(t) else t
         for group, ours in zip(state['param_groups'], optimizer.param_groups):
-            group.update({name: ours[name] for name in ('fused', 'foreach', 'weight_decay', 'betas')}) # today's knobs count
+            group.update({name: ours[name] for name in ('fused', 'foreach', 'weight_decay', 'betas', 'lr_scale') if name in ours}) # today's knobs count
         optimizer.load_state_dict(state)
         if state.get('scaler'): # empty unless float16
             scaler.load_state_dict(state['scaler'])

@@ -83,6 +83,20 @@ def at_least(config, smallest, *names):
             raise ValueError(f'{name}={config[name]} must be at least {smallest}' if smallest else f'{name}={config[name]} must not be negative')
 
 
+def below(config, limit, *names):
+    """Refuse knobs that are not less than `limit`."""
+    for name in names:
+        if config[name] >= limit:
+            raise ValueError(f'{name}={config[name]} must be less than {limit}')
+
+
+def one_of(config, **choices):
+    """Refuse knobs that are none of their choices."""
+    for name, words in choices.items():
+        if config[name] not in words:
+            raise ValueError(f'{name}={config[name]!r} is none of {", ".join(map(repr, words))}')
+
+
 def read_knobs(path, ns=None):
     """
     The knobs of a script, {name: Knob}, read from its text: assignments to lower-case names above its

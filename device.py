@@ -48,6 +48,8 @@ def resolve(device, dtype, compile):
         why = 'this torch has no CUDA support' if torch.version.cuda is None else 'torch finds no usable GPU'
         raise ValueError(f"device={device!r}: {why}; try --device=auto or --device=cpu")
     if kind == 'cuda':
+        if number and int(os.environ.get('LOCAL_WORLD_SIZE', 1)) > 1:
+            raise ValueError(f'device=cuda:{number} would be the GPU of every process; torchrun gives each its own with --device=cuda')
         number = number or os.environ.get('LOCAL_RANK', '0')
         if int(number) >= torch.cuda.device_count():
             raise ValueError(f'device cuda:{number}: this machine has {torch.cuda.device_count()} GPU(s), numbered from 0')
@@ -79,8 +81,8 @@ def tune(device):
         M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3 # mallopt(3)
         libc = ctypes.CDLL(None)
         if hasattr(libc, 'mallopt'):
-            libc.mallopt(M_MMAP_THRESHOLD, 2**30)
-            libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+            if libc.mallopt(M_MMAP_THRESHOLD, 2**30) or libc.mallopt(M_MMAP_THRESHOLD, 2**25): # glibc before 2.35 takes no more
+                libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def autocast(device, dtype):
@@ -93,7 +95,7 @@ def peak_flops(device, dtype):
     if 'cuda' not in device or dtype == 'float32':
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for start, peak in PEAK_FLOPS.items() if name.startswith(start)), None)
+    return next((peak for start, peak in PEAK_FLOPS.items() if (name + ' ').startswith(start + ' ') and not {'Laptop', 'Ti', 'D'} & set(name.split())), None)
 
 
 def memory_gb(device):

@@ -1,6 +1,7 @@
 """
 A GPT language model, all of it in this file. With default settings it is GPT-2, down to the
-parameter names: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
+parameter names: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". What
+has proved itself since is a knob each, off by default; config/modern.py turns on those that pay.
 """
 
 import math
@@ -22,24 +23,45 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = True # True: biases in Linears and LayerNorms, like GPT-2; False: a bit better and faster
+    pos: str = 'learned' # 'learned' (wpe), 'rotary' (Su et al. 2021), 'alibi' (Press et al. 2021), 'none'
+    norm: str = 'layernorm' # or 'rmsnorm', without weights (Zhang & Sennrich 2019)
+    activation: str = 'gelu' # or 'relu2' (So et al. 2021), 'swiglu' (Shazeer 2020)
+    qk_norm: bool = False # RMSNorm on queries and keys (Henry et al. 2020)
+    tie_embeddings: bool = True # one matrix for wte and lm_head (Press & Wolf 2016)
+    embed_norm: bool = False # a norm right after the embedding
+    logit_cap: float = 0.0 # bound logits by logit_cap * tanh(logits / logit_cap), 0.0: not
+    n_kv_head: int | None = None # heads of keys and values, shared by groups of queries (Ainslie et al. 2023); None: n_head
+    init: str = 'gpt2' # or 'zero_proj': what adds to the residual stream, and an untied head, start at zero
+    attn_dropout: float | None = None # dropout on attention weights, None: as dropout
 
     def __post_init__(self):
+        choices = {'pos': ('learned', 'rotary', 'alibi', 'none'), 'norm': ('layernorm', 'rmsnorm'),
+                   'activation': ('gelu', 'relu2', 'swiglu'), 'init': ('gpt2', 'zero_proj')}
+        for name, words in choices.items():
+            if getattr(self, name) not in words:
+                raise ValueError(f'{name}={getattr(self, name)!r} is none of {", ".join(map(repr, words))}')
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
         if self.n_embd % self.n_head:
             raise ValueError(f'n_embd={self.n_embd} must be divisible by n_head={self.n_head}: '
                              f'{self.n_embd} / {self.n_head} = {self.n_embd / self.n_head:.2f}')
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f'dropout={self.dropout} must be at least 0 and less than 1')
+        for name in ('dropout', 'attn_dropout'):
+            if getattr(self, name) is not None and not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f'{name}={getattr(self, name)} must be at least 0 and less than 1')
+        if self.n_kv_head is not None and (self.n_kv_head < 1 or self.n_head % self.n_kv_head):
+            raise ValueError(f'n_head={self.n_head} must be divisible by n_kv_head={self.n_kv_head}')
+        if self.pos == 'rotary' and self.n_embd // self.n_head % 2:
+            raise ValueError(f"pos='rotary' turns pairs, so n_embd / n_head = {self.n_embd // self.n_head} must be even")
 
 
-def resolve_sizes(n_head=None, n_embd=None, d_head=None, d_model=None, default=(12, 768)):
+def resolve_sizes(asked, default=(12, 768)):
     """
-    (n_head, n_embd) from any sufficient subset of n_head, d_head and n_embd, None for what is not
-    given; d_model is another word for n_embd. A ValueError shows the arithmetic of a contradiction.
-    `default` fills in for what the subset leaves open.
+    (n_head, n_embd) from any sufficient subset of n_head, d_head and n_embd in the dict `asked`; d_model is
+    another word for n_embd. A ValueError shows the arithmetic of a contradiction. `default` fills in for
+    what the subset leaves open.
     """
+    n_head, n_embd, d_head, d_model = (asked.get(name) for name in ('n_head', 'n_embd', 'd_head', 'd_model'))
     if n_embd is not None and d_model is not None and n_embd != d_model:
         raise ValueError(f'n_embd={n_embd} and d_model={d_model} are two words for one size; give one of them')
     n_embd = n_embd if n_embd is not None else d_model
@@ -72,27 +94,65 @@ def dropout(x, p, training):
     return x * keep * (65536 / (65536 - cut))
 
 
+class RMSNorm(nn.Module):
+
+    def forward(self, x):
+        return F.rms_norm(x, (x.size(-1),), eps=1e-6)
+
+
+def make_norm(config):
+    return RMSNorm() if config.norm == 'rmsnorm' else nn.LayerNorm(config.n_embd, bias=config.bias)
+
+
+def rotary_table(T, hs, device):
+    """cos and sin by which positions 0 ... T - 1 turn the hs / 2 pairs (i, i + hs / 2) of a head, each (T, hs)."""
+    inv_freq = 10000.0 ** (-torch.arange(0, hs, 2, device=device) / hs) # Su et al. 2021, section 3.2.2
+    angles = torch.outer(torch.arange(T, device=device, dtype=torch.float32), inv_freq) # (T, hs / 2)
+    return torch.cat((angles.cos(), angles.cos()), 1), torch.cat((angles.sin(), -angles.sin()), 1)
+
+
+def rotate(x, cos, sin):
+    """Turn x (B, nh, T, hs) by its positions."""
+    return x * cos.type_as(x) + x.roll(x.size(-1) // 2, -1) * sin.type_as(x)
+
+
+def alibi_bias(T, n_head, device):
+    """What ALiBi adds to attention scores, the causal mask included (nh, T, T): -slope * distance, Press et al. 2021."""
+    slopes = 2.0 ** (-8.0 * torch.arange(1, n_head + 1, device=device) / n_head)
+    distance = torch.arange(T, device=device)[:, None] - torch.arange(T, device=device) # (T, T), queries down, keys across
+    return (-slopes[:, None, None] * distance).masked_fill(distance < 0, float('-inf'))
+
+
 class CausalSelfAttention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias) # query, key, value of all heads in one
+        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head or config.n_head
+        hs = config.n_embd // config.n_head
+        self.c_attn = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * hs, bias=config.bias) # query, key, value of all heads in one
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.n_head = config.n_head
+        self.qk_norm = RMSNorm() if config.qk_norm else None
         self.dropout = config.dropout
+        self.attn_dropout = config.dropout if config.attn_dropout is None else config.attn_dropout
 
-    def forward(self, x):
+    def forward(self, x, table=None, bias=None):
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4) # each (B, nh, T, hs)
-        p = self.dropout if self.training else 0.0
+        qkv = self.c_attn(x).view(B, T, self.n_head + 2 * self.n_kv_head, C // self.n_head).transpose(1, 2)
+        q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1) # each (B, nh or n_kv_head, T, hs)
+        if table is not None:
+            q, k = rotate(q, *table), rotate(k, *table)
+        if self.qk_norm:
+            q, k = self.qk_norm(q), self.qk_norm(k)
+        if self.n_kv_head < self.n_head:
+            k, v = (z.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for z in (k, v))
+        p = self.attn_dropout if self.training else 0.0
         if p > 0.0 and x.device.type == 'cpu':
             # torch has no flash kernel with dropout on CPU; spelled out with our own mask it is faster than its fallback
-            future = torch.full((T, T), float('-inf'), dtype=x.dtype).triu(1)
-            att = torch.softmax(q @ k.transpose(-2, -1) / math.sqrt(q.size(-1)) + future, dim=-1) # (B, nh, T, T)
+            mask = torch.full((T, T), float('-inf'), dtype=x.dtype).triu(1) if bias is None else bias
+            att = torch.softmax(q @ k.transpose(-2, -1) / math.sqrt(q.size(-1)) + mask, dim=-1) # (B, nh, T, T)
             y = dropout(att, p, self.training) @ v
         else:
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True) # (B, nh, T, hs)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=p, is_causal=bias is None) # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C) # heads side by side
         return dropout(self.c_proj(y), self.dropout, self.training)
 
@@ -101,13 +161,21 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
-        self.dropout = config.dropout
+        gated = config.activation == 'swiglu'
+        hidden = 8 * config.n_embd // 3 if gated else 4 * config.n_embd # as many weights either way
+        self.c_fc = nn.Linear(config.n_embd, 2 * hidden if gated else hidden, bias=config.bias)
+        self.c_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
+        self.activation, self.dropout = config.activation, config.dropout
 
     def forward(self, x):
         x = self.c_fc(x)
-        x = F.gelu(x, approximate='tanh') # the tanh form is the one GPT-2's weights were trained with
+        if self.activation == 'gelu':
+            x = F.gelu(x, approximate='tanh') # the tanh form is the one GPT-2's weights were trained with
+        elif self.activation == 'relu2':
+            x = F.relu(x).square()
+        else:
+            gate, x = x.chunk(2, dim=-1)
+            x = F.silu(gate) * x
         return dropout(self.c_proj(x), self.dropout, self.training)
 
 
@@ -115,13 +183,13 @@ class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = make_norm(config)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_2 = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x):
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x, table=None, bias=None):
+        x = x + self.attn(self.ln_1(x), table, bias)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -134,16 +202,23 @@ class GPT(nn.Module):
         self.gradient_checkpointing = False # True: backward recomputes each block, less memory for a third more work
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
-            wpe=nn.Embedding(config.block_size, config.n_embd),
+            **(dict(wpe=nn.Embedding(config.block_size, config.n_embd)) if config.pos == 'learned' else {}),
             h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
-            ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
+            ln_f=make_norm(config),
         ))
+        if config.embed_norm:
+            self.transformer.ln_e = make_norm(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.transformer.wte.weight = self.lm_head.weight # one matrix, Press & Wolf 2016 (arXiv:1608.05859)
+        if config.tie_embeddings:
+            self.transformer.wte.weight = self.lm_head.weight # one matrix, Press & Wolf 2016 (arXiv:1608.05859)
         self.apply(self._init_weights)
         for name, p in self.named_parameters():
             if name.endswith('c_proj.weight'): # what adds to the residual stream starts smaller, GPT-2 section 2.3
-                nn.init.normal_(p, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
+                nn.init.normal_(p, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer) if config.init == 'gpt2' else 0.0)
+            elif config.init == 'zero_proj' and '.h.' in name and p.dim() == 2:
+                nn.init.normal_(p, mean=0.0, std=p.size(1) ** -0.5) # keeps the variance of its input
+        if config.init == 'zero_proj' and not config.tie_embeddings:
+            nn.init.zeros_(self.lm_head.weight)
 
     def _init_weights(self, module):
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -152,35 +227,47 @@ class GPT(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def get_num_params(self, non_embedding=True):
-        """Number of parameters, without the position embeddings by default; wte stays in, it is also the head."""
-        return sum(p.numel() for p in self.parameters()) - non_embedding * self.transformer.wpe.weight.numel()
+        """Number of parameters; by default without those that are only looked up: wpe, and a wte that is not also the head."""
+        looked_up = [p for name, p in self.named_parameters() if name.endswith('wpe.weight')]
+        looked_up += [] if self.config.tie_embeddings else [self.transformer.wte.weight]
+        return sum(p.numel() for p in self.parameters()) - non_embedding * sum(p.numel() for p in looked_up)
 
     def forward(self, idx, targets=None):
         """
-        idx, targets: (B, T) int64 token ids, T <= block_size; targets of -1 do not count.
+        idx, targets: (B, T) int64 token ids; targets of -1 do not count. T <= block_size with learned positions.
 
         Returns (logits, loss): with targets the logits of every position (B, T, vocab_size) and the
         mean cross-entropy in nats; without, those of the last position only (B, 1, vocab_size) and None.
         """
         B, T = idx.shape
-        assert T <= self.config.block_size, f'sequence of {T} tokens, block_size is {self.config.block_size}'
-        pos = torch.arange(T, device=idx.device)
-        x = self.transformer.wte(idx) + self.transformer.wpe(pos) # (B, T, C)
-        x = dropout(x, self.config.dropout, self.training)
+        cfg, table, bias = self.config, None, None
+        x = self.transformer.wte(idx) # (B, T, C)
+        if cfg.pos == 'learned':
+            assert T <= cfg.block_size, f'sequence of {T} tokens, block_size is {cfg.block_size}'
+            x = x + self.transformer.wpe(torch.arange(T, device=idx.device))
+        elif cfg.pos == 'rotary':
+            table = rotary_table(T, cfg.n_embd // cfg.n_head, idx.device)
+        elif cfg.pos == 'alibi':
+            bias = alibi_bias(T, cfg.n_head, idx.device).to(x.dtype)
+        if cfg.embed_norm:
+            x = self.transformer.ln_e(x)
+        x = dropout(x, cfg.dropout, self.training)
         for block in self.transformer.h:
-            x = checkpoint(block, x, use_reentrant=False) if self.gradient_checkpointing and self.training else block(x)
+            x = checkpoint(block, x, table, bias, use_reentrant=False) if self.gradient_checkpointing and self.training else block(x, table, bias)
         x = self.transformer.ln_f(x)
+        logits = self.lm_head(x if targets is not None else x[:, -1:])
+        if cfg.logit_cap:
+            logits = cfg.logit_cap * torch.tanh(logits.float() / cfg.logit_cap)
         if targets is None:
-            return self.lm_head(x[:, -1:]), None
-        logits = self.lm_head(x)
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
-        return logits, loss
+            return logits, None
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     def crop_block_size(self, block_size):
-        """Shorten the longest context the model takes, for instance of a pretrained GPT-2."""
-        assert block_size <= self.config.block_size, f'cannot grow block_size from {self.config.block_size} to {block_size}'
+        """Change the longest context the model takes, for instance of a pretrained GPT-2; learned positions can only be cut."""
+        assert block_size <= self.config.block_size or self.config.pos != 'learned', f'cannot grow block_size from {self.config.block_size} to {block_size}'
         self.config.block_size = block_size
-        self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size])
+        if self.config.pos == 'learned':
+            self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size])
 
     @classmethod
     def from_pretrained(cls, name, override_args=None):
@@ -188,13 +275,13 @@ class GPT(nn.Module):
         GPT-2 with OpenAI's weights, through transformers.
 
         name: 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a local folder with a GPT2LMHeadModel
-        override_args: {'dropout': p} at most; everything else is as it was trained
+        override_args: dropout and attn_dropout at most; everything else is as it was trained
         Raises ValueError when the name is none of these or the hub cannot be reached.
         """
         names = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
         if name not in names and not os.path.isdir(name):
             raise ValueError(f'{name!r} is neither a local folder nor one of {", ".join(names)}')
-        assert set(override_args or {}) <= {'dropout'}, f'cannot override {override_args} of pretrained weights'
+        assert set(override_args or {}) <= {'dropout', 'attn_dropout'}, f'cannot override {override_args} of pretrained weights'
         from transformers import GPT2LMHeadModel
         try:
             source = GPT2LMHeadModel.from_pretrained(name, dtype=torch.float32)

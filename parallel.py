@@ -31,6 +31,10 @@ def start(backend, device, timeout, micro_batches):
     if micro_batches % n:
         fits = [n * k for k in (micro_batches // n, micro_batches // n + 1) if k]
         raise ValueError(f'gradient_accumulation_steps={micro_batches} cannot be shared by {n} processes; {" or ".join(map(str, fits))} can')
+    if 'cuda' in device and backend == 'nccl' and not dist.is_nccl_available():
+        raise ValueError("backend='nccl' is not part of this torch; use --backend=gloo")
+    if backend not in ('auto', 'nccl', 'gloo'):
+        raise ValueError(f"backend={backend!r} is none of 'auto', 'nccl', 'gloo'")
     if 'mps' in device or (backend == 'nccl' and 'cuda' not in device):
         raise ValueError(f'several processes on {device} with backend={backend!r} cannot work; use CUDA, or --device=cpu --backend=gloo')
     if 'cuda' in device:
@@ -52,7 +56,8 @@ def lost_contact(report):
     """An excepthook that tells the loss of another process in one line and hands all else to `report`."""
     def hook(kind, error, trace):
         if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and 'gloo' in str(error).lower()):
-            reason = next((words for words in ('connection closed', 'connection reset', 'connection refused', 'broken pipe', 'timed out') if words in str(error).lower()), 'no answer')
+            words = ('connection closed', 'connection reset', 'connection refused', 'broken pipe', 'timed out')
+            reason = next((w for w in words if w in str(error).lower()), ' '.join(str(error).split())[:200])
             time.sleep(2) # so that torchrun notices first the process that failed first
             fail(f'lost contact with another process ({reason}); the run ends here, --init_from=auto goes on from its last checkpoint', 1)
         report(kind, error, trace)
@@ -84,12 +89,13 @@ def total(tensor):
 
 
 class StopSignals:
-    """True once somebody has asked this process to end: Ctrl-C, a scheduler's SIGTERM, SLURM's warning SIGUSR1."""
+    """True once somebody has asked this process to end: Ctrl-C, a scheduler's SIGTERM, SLURM's warning SIGUSR1, a lost terminal."""
 
     def __init__(self):
         self.number = None
-        for name in ('SIGINT', 'SIGTERM', 'SIGUSR1'):
-            if hasattr(signal, name): # Windows has no SIGUSR1
+        for name in ('SIGINT', 'SIGTERM', 'SIGUSR1', 'SIGHUP'):
+            # Windows has not all of them, and who ignores one (nohup) is to go on ignoring it
+            if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
                 signal.signal(getattr(signal, name), self.receive)
 
     def receive(self, number, frame):
@@ -105,7 +111,8 @@ def shard(model, device, dtype, compile):
     """
     FSDP2: every rank keeps a share of every block's weights, gradients and optimizer state and fetches
     the rest of a block when it is that block's turn (Zhao et al. 2023, arXiv:2304.11277). Changes
-    `model`, on CPU before, in place. In 16 bits the weights travel so; gradients are added in float32.
+    `model`, on CPU before, in place. In 16 bits weights travel and blocks compute so, the sum over blocks
+    included, which DDP keeps in float32; gradients are added in float32.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -134,11 +141,16 @@ def gather(x):
 
 def gather_state(tree, keep):
     """A state dict with every sharded tensor put together, in CPU memory, on ranks that `keep` it (elsewhere None)."""
+    fetched = {} # a tied matrix stands in the tree twice, and in the file once
+
     def fetch(x):
         if not hasattr(x, 'full_tensor'):
             return x
-        x = x.full_tensor() # one tensor at a time on the GPU
-        return x.cpu() if keep else None
+        key = x.to_local().data_ptr(), x.shape
+        if key not in fetched:
+            whole = x.full_tensor() # one tensor at a time on the GPU
+            fetched[key] = whole.cpu() if keep else None
+        return fetched[key]
     return tree_map(fetch, tree)
 
 

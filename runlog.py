@@ -50,27 +50,30 @@ class RunLog:
                 import wandb as client
             except ImportError as e:
                 raise ValueError('wandb_log=True needs the package wandb: pip install wandb, then wandb login') from e
-            self.wandb = client.init(**wandb)
+            try:
+                self.wandb = client.init(**wandb)
+            except Exception as e: # its errors are of many kinds
+                raise ValueError(f'wandb does not start: {str(e).strip() or type(e).__name__}; wandb login, or WANDB_MODE=offline') from e
             self.run_id = self.wandb.id
             self.wandb.define_metric('*', step_metric='iter') # a resumed run draws on from where it stopped
         # a bar on a terminal, plain lines into files and pipes
         plain = quiet or not (sys.stdout.isatty() and sys.stderr.isatty())
         self.bar = tqdm(total=max_iters, initial=iter_num, desc='training', unit='it', dynamic_ncols=True, disable=plain)
-        self.started = self.last_time = time.time()
+        self.started = self.last_time = time.perf_counter() # of no calendar: never set back, fine on Windows too
         self.last_iter = self.last_row = iter_num
         self.last_tokens = tokens
         self.seconds_before = rows[-1]['seconds'] if rows else 0.0
 
     def seconds(self):
         """Seconds of training so far, those before a resume included."""
-        return self.seconds_before + time.time() - self.started
+        return self.seconds_before + time.perf_counter() - self.started
 
     def evaluation(self, iter_num, tokens, **numbers):
         """An evaluation before iteration iter_num, `tokens` being those trained on before: a row and a new loss.png."""
         self.row(iter=iter_num, tokens=tokens, **numbers)
         self.attempt(draw, [self.out_dir], os.path.join(self.out_dir, 'loss.png'))
         # the speed in the log is that of training alone
-        self.last_time, self.last_iter, self.last_tokens = time.time(), iter_num, tokens
+        self.last_time, self.last_iter, self.last_tokens = time.perf_counter(), iter_num, tokens
 
     def iteration(self, iter_num, tokens, loss, clipped, peak_speed, **numbers):
         """
@@ -78,8 +81,8 @@ class RunLog:
 
         clipped: how many steps since the last such row were; peak_speed: tokens/s that would be an MFU of 1, or None
         """
-        steps, now = iter_num + 1 - self.last_iter, time.time()
-        dt = (now - self.last_time) / steps # seconds per iteration
+        steps, now = iter_num + 1 - self.last_iter, time.perf_counter()
+        dt = max(now - self.last_time, 1e-9) / steps # seconds per iteration
         speed = (tokens - self.last_tokens) / steps / dt
         mfu = speed / peak_speed if peak_speed else None
         self.row(iter=iter_num, tokens=tokens, loss=loss, clipped=clipped / (iter_num + 1 - self.last_row), tokens_per_second=speed, mfu=mfu, **numbers)
@@ -98,8 +101,11 @@ class RunLog:
             self.wandb.log({name: value for name, value in numbers.items() if value is not None})
 
     def append(self, numbers):
-        with open(self.path, 'a', newline='', encoding='utf-8') as f:
-            f.write(table([numbers], header=f.tell() == 0))
+        with open(self.path, 'ab+') as f:
+            size = f.seek(0, os.SEEK_END)
+            f.seek(max(0, size - 1))
+            torn = size > 0 and f.read(1) != b'\n' # by a disk that was full
+            f.write((torn * '\n' + table([numbers], header=size == 0)).encode())
 
     def close(self):
         self.bar.close()
@@ -112,9 +118,9 @@ class RunLog:
         try:
             write(*args)
             self.broken = False
-        except OSError as e:
+        except Exception as e: # OSError mostly, but a picture has many ways to fail
             if not self.broken:
-                tqdm.write(f'cannot write the log into {self.out_dir}: {e.strerror or e}; training goes on', file=sys.stdout)
+                tqdm.write(f'cannot write the log into {self.out_dir}: {getattr(e, "strerror", None) or e}; training goes on', file=sys.stdout)
             self.broken = True
 
 
@@ -154,9 +160,16 @@ def read_log(path):
     """The rows of a log.csv as dicts of numbers, empty cells left out; [] where there is none."""
     if not os.path.exists(path):
         return []
-    with open(path, newline='', encoding='utf-8') as f:
-        rows = [{name: float(text) for name, text in row.items() if name in COLUMNS and text} for row in csv.DictReader(f)]
-    return [{**row, 'iter': int(row['iter'])} for row in rows if 'iter' in row and 'seconds' in row]
+    rows = []
+    with open(path, newline='', encoding='utf-8', errors='replace') as f:
+        lines = csv.DictReader(line.replace('\0', '') for line in f)
+        for line in lines:
+            try:
+                row = {name: float(text) for name, text in line.items() if name in COLUMNS and text}
+                rows.append({**row, 'iter': int(row['iter']), 'seconds': row['seconds']})
+            except (ValueError, KeyError, TypeError): # torn by a full disk or a power cut
+                continue
+    return rows
 
 
 def draw(out_dirs, png):

@@ -27,6 +27,7 @@ config, given = configure(globals(), also=('train.py',)) # a training recipe tel
 
 # -----------------------------------------------------------------------------
 import os
+import sys
 
 import torch
 
@@ -44,6 +45,7 @@ if start.startswith('FILE:') and not os.path.isfile(start[5:]):
 device, dtype, compile = resolve(device, dtype, compile)
 tune(device)
 torch.manual_seed(seed)
+sys.stdout.reconfigure(errors='replace') # a Windows console cannot show every character
 
 # -----------------------------------------------------------------------------
 # model, and the tokenizer that came with it

@@ -12,7 +12,7 @@ On 2 machines, each with its own node_rank:
 $ torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --master_port=1234 train.py config/train_gpt2.py --gradient_accumulation_steps=48
 """
 
-from configurator import at_least, configure, fail
+from configurator import at_least, below, configure, fail, one_of
 
 # -----------------------------------------------------------------------------
 # I/O
@@ -43,8 +43,23 @@ d_head: int | None = None # width of a head; any sufficient two of n_head, n_emb
 d_model: int | None = None # another word for n_embd
 dropout = 0.0 # for pretraining 0 is good, for finetuning try 0.1+
 bias = False # biases in Linears and LayerNorms, as GPT-2 has them?
-# adamw optimizer
+# model beyond GPT-2; model.py tells more
+pos = 'learned' # positions: 'learned', 'rotary', 'alibi', 'none'
+norm = 'layernorm' # or 'rmsnorm'
+activation = 'gelu' # or 'relu2', 'swiglu'
+qk_norm = False # norm on queries and keys
+tie_embeddings = True # one matrix for embedding and head
+embed_norm = False # norm after the embedding
+logit_cap = 0.0 # bound of the logits, 0.0: none
+n_kv_head: int | None = None # heads of keys and values, None: n_head
+init = 'gpt2' # or 'zero_proj'
+attn_dropout: float | None = None # dropout on attention weights, None: as dropout
+# optimizer
+optimizer = 'adamw' # or 'muon', for the matrices in the blocks
 learning_rate = 6e-4 # the highest
+matrix_lr: float | None = None # of muon's matrices, None: 0.02
+embed_lr: float | None = None # of the embeddings beside muon, None: falls with the root of the width
+head_lr: float | None = None # of the head beside muon, None: falls with the root of the width
 max_iters = 600000 # iterations in all
 weight_decay = 1e-1 # on matrices only
 beta1 = 0.9 # decay of the mean gradient
@@ -53,6 +68,8 @@ grad_clip = 1.0 # largest norm of the gradient, 0.0 for no limit
 max_bad_steps = 20 # stop after so many steps in a row without a finite loss and gradient, 0: never
 # learning rate decay
 decay_lr = True # False: learning_rate throughout
+lr_schedule = 'cosine' # or 'trapezoid': constant, then linear to min_lr over the last decay_share of lr_decay_iters
+decay_share = 0.6 # of the trapezoid
 warmup_iters = 2000 # iterations of linear rise
 lr_decay_iters = 600000 # where the cosine ends, about max_iters (Hoffmann et al. 2022)
 min_lr = 6e-5 # where it ends, about learning_rate / 10
@@ -62,7 +79,7 @@ target_loss = 0.0 # at this validation loss
 patience = 0 # after so many evaluations without a better one, 0: never
 # system
 backend = 'auto' # between processes: 'nccl' for GPUs, 'gloo' for CPUs
-dist_timeout = 300 # seconds without an answer after which another process is given up
+dist_timeout = 600 # seconds without an answer after which another process is given up; longer than a save takes
 fsdp = False # True: share weights and optimizer state between processes (FSDP2), for models larger than a GPU
 gradient_checkpointing = False # True: recompute activations in backward, a third more work for less memory
 device = 'auto' # 'cpu', 'cuda', 'cuda:1', 'mps'
@@ -76,6 +93,7 @@ import math
 import os
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import torch
@@ -85,6 +103,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 import checkpoint as ckpt
+import muon
 import parallel
 from data.loader import Loader, deal, micro_batches
 from data.tokenizer import GPT2, load_meta
@@ -94,10 +113,12 @@ from runlog import RunLog, health
 
 # -----------------------------------------------------------------------------
 # devices and processes
-save_interval = config['save_interval'] = save_interval or eval_interval
+save_interval = config['save_interval'] = eval_interval if save_interval is None else save_interval
 at_least(config, 1, 'eval_interval', 'save_interval', 'log_interval', 'eval_iters', 'keep_checkpoints',
          'gradient_accumulation_steps', 'batch_size', 'block_size', 'dist_timeout')
-at_least(config, 0, 'seed', 'max_bad_steps', 'batch_size_warmup_iters', 'patience')
+at_least(config, 0, 'beta1', 'beta2', 'seed', 'max_bad_steps', 'batch_size_warmup_iters', 'patience', 'learning_rate', 'min_lr', 'weight_decay', 'grad_clip')
+below(config, 1, 'beta1', 'beta2')
+one_of(config, optimizer=('adamw', 'muon'), lr_schedule=('cosine', 'trapezoid'))
 device, dtype, compile = resolve(device, dtype, compile)
 tune(device)
 ctx = autocast(device, dtype)
@@ -112,6 +133,7 @@ elif fsdp:
 def say(text):
     if master_process:
         tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
 
 # -----------------------------------------------------------------------------
 # model
@@ -119,23 +141,23 @@ data_dir = os.path.join('data', dataset)
 meta_path = os.path.join(data_dir, 'meta.pkl')
 meta = load_meta(meta_path) if os.path.exists(meta_path) else GPT2 # travels in the checkpoint
 own = os.path.join(out_dir, 'ckpt.pt') # this run's
-if init_from == 'auto' or ckpt.restarted(own, config):
+restarted = parallel.any_rank(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') != '0') # by torchrun, after a fault
+if init_from == 'auto' or (restarted and ckpt.made_by(config, own)):
     init_from = 'resume' if os.path.exists(own) else 'scratch'
 init_from = parallel.agree(init_from) # what rank 0 finds counts
 torch.manual_seed(seed)
-sizes = {name: config[name] if name in given else None for name in ('n_head', 'n_embd', 'd_head', 'd_model')}
+asked = {name: config[name] for name in (*GPTConfig.__dataclass_fields__, 'd_head', 'd_model') if name in given}
 
 if init_from == 'scratch':
-    n_head, n_embd = resolve_sizes(**sizes, default=(n_head, n_embd))
+    n_head, n_embd = resolve_sizes(asked, default=(n_head, n_embd))
     vocab_size = meta['vocab_size'] if 'stoi' in meta else GPTConfig.vocab_size
-    model, loaded = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias)), {}
+    sizes = {**config, 'n_head': n_head, 'n_embd': n_embd, 'vocab_size': vocab_size}
+    model, loaded = GPT(GPTConfig(**{name: sizes[name] for name in GPTConfig.__dataclass_fields__})), {}
 else: # this run's own checkpoint to go on with, or other weights to fine-tune
     source = own if init_from == 'resume' else init_from
-    model, loaded = ckpt.open_model(source, dropout)
+    model, loaded = ckpt.open_model(source, dropout=dropout, attn_dropout=attn_dropout)
     if (loaded.get('meta') or meta) != meta:
         raise ValueError(f'{source}: the weights were trained with another vocabulary than that of {data_dir}')
-    asked = {name: config[name] for name in ('n_layer', 'bias', 'block_size') if name in given}
-    asked['n_head'], asked['n_embd'] = resolve_sizes(**sizes, default=(model.config.n_head, model.config.n_embd))
     ckpt.fit_sizes(model, asked, source)
 model.gradient_checkpointing = gradient_checkpointing
 if fsdp:
@@ -156,7 +178,8 @@ say(f'model: {model.get_num_params() / 1e6:.2f}M parameters on {device}, {dtype}
 # -----------------------------------------------------------------------------
 # optimizer, and where the run stands
 scaler = torch.amp.GradScaler(enabled=dtype == 'float16') # does nothing unless float16
-optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device.partition(':')[0])
+make_optimizer = {'adamw': model.configure_optimizers, 'muon': partial(muon.configure, model, config)}[optimizer]
+optimizer = make_optimizer(weight_decay, learning_rate, (beta1, beta2), device.partition(':')[0])
 iter_num, best_val_loss, best_iter = 0, float('inf'), 0
 best_file = run_id = None # the file of the best weights, and wandb's id
 if init_from == 'resume':
@@ -197,22 +220,24 @@ def estimate_loss():
     return dict(zip(('train', 'val'), (losses / counts).tolist()))
 
 def get_lr(it):
-    """Linear warmup, then cosine decay to min_lr at lr_decay_iters (Loshchilov & Hutter 2016)."""
+    """Linear warmup, then to min_lr at lr_decay_iters: by a cosine (Loshchilov & Hutter 2016), or level and then straight down."""
     if it < warmup_iters:
         return learning_rate * (it + 1) / (warmup_iters + 1)
     if it >= lr_decay_iters:
         return min_lr
+    if lr_schedule == 'trapezoid':
+        return min_lr + (learning_rate - min_lr) * min(1.0, (lr_decay_iters - it) / (decay_share * lr_decay_iters))
     share = (it - warmup_iters) / (lr_decay_iters - warmup_iters)
     return min_lr + 0.5 * (1.0 + math.cos(math.pi * share)) * (learning_rate - min_lr)
 
 def save(name='ckpt.pt'):
-    """Write the run as it stands before the step of iter_num into out_dir; all ranks call it, the master writes."""
+    """Write the run as it stands before the step of iter_num; all ranks call it, the master writes and tells whether it could."""
     state = {'model': raw_model.state_dict()}
     if name == 'ckpt.pt': # best.pt is for sampling and goes without
         state['optimizer'] = {**optimizer.state_dict(), 'scaler': scaler.state_dict()}
     state = parallel.gather_state(state, keep=master_process)
     if not master_process:
-        return
+        return True
     checkpoint = dict(
         model=state['model'], model_args=vars(raw_model.config), meta=meta, config={**knobs, 'vocab_size': raw_model.config.vocab_size},
         iter_num=iter_num, best_val_loss=best_val_loss, best_iter=best_iter, best_file=best_file, run_id=log.run_id or run_id)
@@ -222,6 +247,7 @@ def save(name='ckpt.pt'):
     except OSError as e: # what was saved last is still whole
         unsaved.add(name)
         say(f'iteration {iter_num}: {e}; training goes on, the next save tries again')
+    return name not in unsaved
 
 # -----------------------------------------------------------------------------
 # loop
@@ -232,6 +258,8 @@ if not eval_only:
     wandb = dict(project=wandb_project, name=wandb_run_name, config=knobs, id=run_id, resume='allow') if wandb_log else None
     tokens = micro_batches(iter_num, gradient_accumulation_steps, batch_size_warmup_iters)[0] * tokens_per_micro_batch
     log = RunLog(out_dir, knobs, iter_num, tokens, max_iters, wandb, quiet=not master_process)
+    if master_process and init_from != 'resume':
+        ckpt.set_aside(out_dir)
 peak = peak_flops(device, dtype)
 peak_speed = peak and world_size * block_size / raw_model.estimate_mfu(1, 1.0, peak) # tokens/s of an MFU of 1
 bad_in_row, bad_steps, clipped = torch.zeros(3, device=device) # bad steps in a row; bad and clipped ones since the last log
@@ -243,7 +271,7 @@ while True:
     # every rank sets the learning rate and the number of micro-batches of this iteration
     lr = get_lr(iter_num) if decay_lr else learning_rate
     for group in optimizer.param_groups:
-        group['lr'] = lr
+        group['lr'] = lr * group.get('lr_scale', 1.0)
     first, count = micro_batches(iter_num, gradient_accumulation_steps, batch_size_warmup_iters)
     micro_steps = -(-count // world_size) # per rank, rounded up
 
@@ -253,10 +281,11 @@ while True:
         losses = estimate_loss()
         say(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
         if losses['val'] < best_val_loss:
+            before = best_val_loss, best_iter, best_file
             best_val_loss, best_iter = losses['val'], iter_num
-            best_file = 'best.pt' if iter_num > 0 and not always_save_checkpoint else None
-            if best_file and not eval_only:
-                save(best_file)
+            best_file = 'best.pt' if iter_num > 0 and not always_save_checkpoint and not eval_only else None
+            if best_file and not parallel.agree(save(best_file)):
+                best_val_loss, best_iter, best_file = before # the file holds that one still
         if not eval_only:
             log.evaluation(iter_num, first * tokens_per_micro_batch, train_loss=losses['train'], val_loss=losses['val'], lr=lr)
         if losses['val'] <= target_loss:
@@ -264,7 +293,9 @@ while True:
         elif patience and iter_num - best_iter >= patience * eval_interval:
             ended = f'no better val loss since iteration {best_iter}: '
     if iter_num >= max_iters or eval_only or ended:
-        if iter_num > start_iter and math.isfinite(losses['val']):
+        if not math.isfinite(losses['val']):
+            problem = 'the loss is not finite at the end; the last checkpoint is older'
+        elif iter_num > start_iter:
             save()
         break
 
@@ -296,9 +327,9 @@ while True:
         if iter_num > start_iter:
             save()
         save_due = False
-        if stopping:
-            ended = 'stopped, go on by the same command with --init_from=resume: '
-            break
+    if stopping and (not bad or not max_bad_steps):
+        ended = 'stopped' + (', go on by the same command with --init_from=resume: ' if iter_num else ' before the first step: ')
+        break
 
     # every rank takes the same step
     look = iter_num % log_interval == 0
@@ -324,6 +355,7 @@ while True:
 # -----------------------------------------------------------------------------
 # cleanup
 if ddp:
+    parallel.any_rank(False) # nobody leaves before the master has saved
     dist.destroy_process_group()
 if not eval_only:
     log.close()

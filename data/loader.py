@@ -71,8 +71,10 @@ class Loader:
         vocab_size: ids at or beyond it raise a ValueError; so do a missing file and one that is too short
         """
         folder = os.path.dirname(path)
-        if not os.path.exists(path):
+        if not os.path.isfile(path):
             raise FileNotFoundError(f'{path} not found; prepare the dataset first: python {folder}/prepare.py')
+        if os.path.getsize(path) % 2:
+            raise ValueError(f'{path} has an odd number of bytes, so it is no file of uint16; prepare the dataset again: python {folder}/prepare.py')
         if os.path.getsize(path) // 2 < block_size + 1:
             raise ValueError(f'{path} has {os.path.getsize(path) // 2:,} tokens, block_size={block_size} needs at least {block_size + 1:,}; lower --block_size')
         self.path, self.block_size, self.batch_size, self.vocab_size, self.seed = path, block_size, batch_size, vocab_size, seed
@@ -90,7 +92,7 @@ class Loader:
         windows = self.windows[starts]
         self.check(windows)
         windows = torch.from_numpy(windows.astype(np.int64))
-        return windows[:, :-1], windows[:, 1:]
+        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous() # a copy to the GPU that nobody waits for must be of one piece
 
     def train_starts(self, first, rows):
         """

@@ -182,7 +182,7 @@ def test_a_folder_that_goes_away_and_comes_back(runs, straight, tried):
     assert runs.wait(pid) == 0
     lines = [line for line in runs.text('gone').splitlines() if 'goes on' in line]
     assert all('Not a directory' in line or 'File exists' in line for line in lines), lines
-    assert ckpt.load(str(away))['iter_num'] >= 10
+    assert ckpt.load(str(away))['iter_num'] >= 5 # its optimizer file is there before it
     assert equal(outcome(folder)[:2], outcome(straight)[:2])
     tried('out_dir gone during a run', 'once', 'one line a save, then the folder is made anew; lost: rows of the log')
 
@@ -243,7 +243,9 @@ def test_keep_checkpoints_keeps_the_latest_pairs_and_each_can_be_gone_back_to(ru
     assert runs.run('history', *LONG, '--keep_checkpoints=3')[0] == 0
     folder = runs.project.path / 'history'
     assert sorted(p.name for p in folder.glob('*.pt')) == sorted(['ckpt.pt', *(f'{kind}-{n}.pt' for kind in ('ckpt', 'optimizer') for n in (60, 80, 100))])
+    latest = (folder / 'ckpt-100.pt').read_bytes()
     shutil.copy(folder / 'ckpt-60.pt', folder / 'ckpt.pt')
+    assert (folder / 'ckpt-100.pt').read_bytes() == latest
     code, text = runs.run('history', *LONG, '--init_from=resume')
     assert code == 0 and 'at iteration 60' in text and equal(outcome(folder)[:2], outcome(straight)[:2])
 
@@ -268,6 +270,27 @@ def test_a_new_run_in_an_old_folder_leaves_nothing_of_the_old_one(runs, project)
     assert runs.run('reused', *LONG, '--max_iters=40', '--seed=3')[0] == 0
     assert sorted(os.listdir(project.path / 'reused')) == ['ckpt.pt', 'config.py', 'log.csv', 'loss.png', 'optimizer-40.pt']
     assert max(row['iter'] for row in read_log(project.path / 'reused' / 'log.csv')) == 40
+
+
+def test_a_torn_log_costs_its_torn_row_and_nothing_else(runs, straight):
+    assert runs.run('torn', *LONG, '--max_iters=60')[0] == 0
+    path = runs.project.path / 'torn' / 'log.csv'
+    with open(path, 'ab') as f:
+        f.write(b'\0\0\0' + b'60,1') # a power cut, a full disk
+    assert len(read_log(path)) == len(read_log(straight / 'log.csv')) - 42 # iterations 60 to 99, evaluations 80 and 100
+    assert runs.run('torn', *LONG, '--init_from=resume')[0] == 0
+    assert equal(outcome(runs.project.path / 'torn'), outcome(straight))
+
+
+def test_a_new_run_that_dies_before_its_first_save_does_not_resume_the_old_one(runs):
+    assert runs.run('died', *LONG, '--max_iters=20')[0] == 0
+    pid = runs.start('died', *LONG, '--seed=5', '--save_interval=1000')
+    until(lambda: runs.text('died').count('iter 5:') == 2)
+    os.kill(pid, signal.SIGKILL)
+    runs.wait(pid)
+    code, text = runs.run('died', *LONG, '--seed=5', '--init_from=auto', '--max_iters=20')
+    assert code == 0 and 'resuming' not in text and sorted(os.listdir(runs.project.path / 'died')) == \
+        ['ckpt.pt', 'config.py', 'log.csv', 'loss.png', 'optimizer-20-1.pt'] # the old optimizer's file was not written over
 
 
 def test_divergence_stops_the_run_and_leaves_the_last_checkpoint(runs, tried):

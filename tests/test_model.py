@@ -191,7 +191,7 @@ def test_padding_of_the_vocabulary_is_never_sampled():
     (dict(n_head=6), (6, 768)),
 ])
 def test_any_sufficient_sizes_give_the_rest(given, want):
-    assert resolve_sizes(**given) == want
+    assert resolve_sizes(given) == want
 
 
 @pytest.mark.parametrize('given, arithmetic', [
@@ -201,7 +201,7 @@ def test_any_sufficient_sizes_give_the_rest(given, want):
 ])
 def test_a_contradiction_shows_its_arithmetic(given, arithmetic):
     with pytest.raises(ValueError, match=arithmetic):
-        resolve_sizes(**given)
+        resolve_sizes(given)
 
 
 @pytest.mark.parametrize('changes, message', [

@@ -1,6 +1,7 @@
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -104,6 +105,14 @@ def test_a_nanogpt_checkpoint_resumes(project):
     assert not same(weights(project.path / 'out-nano'), model.state_dict())
     state = torch.load(project.path / 'out-nano' / 'optimizer-6.pt', weights_only=True)['state']
     assert all(s['step'] == 4 for s in state.values()) # one step of nanoGPT's, three of ours
+
+
+def test_a_shorter_context_may_be_asked_of_a_resumed_run(project):
+    project.run('train.py', *TINY, '--out_dir=out-cropped', '--max_iters=5')
+    project.run('train.py', *TINY, '--out_dir=out-cropped', '--init_from=resume', '--block_size=8')
+    loaded = ckpt.load(str(project.path / 'out-cropped'))
+    state = ckpt.read(str(project.path / 'out-cropped' / loaded['optimizer_file']))['state']
+    assert loaded['model']['transformer.wpe.weight'].shape == (8, 16) and [s['exp_avg'].shape for s in state.values()].count((8, 16)) == 1
 
 
 def test_gpt2_weights_are_fine_tuned_from_a_local_folder(project):
@@ -249,6 +258,14 @@ def test_the_compiled_model_trains_on_a_gpu(project):
     (['--save_interval=-1'], 'save_interval=-1 must be at least 1'),
     (['--keep_checkpoints=0'], 'keep_checkpoints=0 must be at least 1'),
     (['--patience=-1'], 'patience=-1 must not be negative'),
+    (['--grad_clip=-1'], 'grad_clip=-1.0 must not be negative'),
+    (['--beta2=1.0'], 'beta2=1.0 must be less than 1'),
+    (['--optimizer=sgd'], "optimizer='sgd' is none of 'adamw', 'muon'"),
+    (['--lr_schedule=step'], "lr_schedule='step' is none of 'cosine', 'trapezoid'"),
+    (['--pos=relative'], "pos='relative' is none of 'learned', 'rotary', 'alibi', 'none'"),
+    (['--n_kv_head=3'], 'n_head=2 must be divisible by n_kv_head=3'),
+    (['--dataset=odd'], 'has an odd number of bytes'),
+    (['--init_from=resume', '--out_dir=out-best-only'], 'has no optimizer state to resume with'),
     (['--batch_size=0'], 'batch_size=0 must be at least 1'),
     (['--wandb_log=True'], 'pip install wandb'),
     (['--dataset=damaged'], 'meta.pkl refused'),
@@ -260,6 +277,12 @@ def test_bad_input_is_one_line(project, trained, flags, message):
         folder = project.path / 'data' / name
         if not folder.exists():
             write_dataset(folder, 'abcdefghijklmnopqr' * 50)
+    shutil.copytree(project.path / 'data/tiny', project.path / 'data/odd', dirs_exist_ok=True)
+    with open(project.path / 'data/odd/val.bin', 'ab') as f:
+        f.write(bytes(1 + (project.path / 'data/odd/val.bin').stat().st_size % 2 * -1))
+    (project.path / 'out-best-only').mkdir(exist_ok=True)
+    only = torch.load(trained[0] / 'ckpt.pt', weights_only=True)
+    torch.save({**only, 'optimizer_file': None}, project.path / 'out-best-only/ckpt.pt')
     (project.path / 'data/damaged/meta.pkl').write_bytes(b'nonsense')
     np.array([77] * 900, dtype=np.uint16).tofile(project.path / 'data/beyond/val.bin')
     (project.path / 'broken.py').write_text('max_iters = 1\nmax_iters = = 2\n')

@@ -1,0 +1,16 @@
+# An overlay: what has proved itself since GPT-2, for any recipe that trains from scratch.
+#   launch     python train.py config/train_shakespeare_char.py config/modern.py
+
+pos = 'rotary'
+norm = 'rmsnorm'
+activation = 'relu2'
+qk_norm = True
+tie_embeddings = False
+embed_norm = True
+logit_cap = 15.0
+init = 'zero_proj'
+
+optimizer = 'muon'
+lr_schedule = 'trapezoid'
+min_lr = 0.0
+weight_decay = 0.0

@@ -1,0 +1,102 @@
+"""
+Muon: momentum whose update is made orthogonal, for the hidden matrices; AdamW for all else.
+Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/
+"""
+
+import torch
+import torch.distributed as dist
+
+
+def orthogonalize(X, steps=5):
+    """
+    The orthogonal matrices nearest to X (N, rows, cols), roughly: a quintic Newton-Schulz iteration that
+    brings all singular values to between 0.7 and 1.2. In bfloat16 on GPUs that have it, else float32.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315 # steepest at zero, from the post above
+    wide = X.size(1) <= X.size(2)
+    X = X if wide else X.mT # the smaller side first: fewer multiplications
+    if X.is_cuda and torch.cuda.get_device_capability(X.device) >= (8, 0):
+        X = X.bfloat16()
+    X = X / (X.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
+    for _ in range(steps):
+        A = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+    return X if wide else X.mT
+
+
+def shared(X):
+    """orthogonalize(X), each rank doing its share of the matrices and all getting the whole."""
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    if world_size == 1:
+        return orthogonalize(X)
+    share = -(-len(X) // world_size)
+    mine = X[dist.get_rank() * share:][:share]
+    mine = torch.cat([orthogonalize(mine), X.new_zeros(share - len(mine), *X.shape[1:])]) if len(mine) < share else orthogonalize(mine)
+    whole = X.new_empty(share * world_size, *X.shape[1:])
+    dist.all_gather_into_tensor(whole, mine.to(X.dtype).contiguous())
+    return whole[:len(X)]
+
+
+class Muon(torch.optim.AdamW):
+    """
+    AdamW, but groups with muon=True take Muon's step with their own lr, momentum and weight_decay.
+
+    An optimizer.found_inf of 1 (a float tensor) skips a step without waiting for the device, as in AdamW's
+    fused kernel. State per matrix: momentum_buffer. Works with DDP, and with FSDP2's sharded parameters.
+    """
+
+    @torch.no_grad()
+    def step(self):
+        bad = getattr(self, 'found_inf', None)
+        for group in self.param_groups:
+            if group.get('muon'):
+                group['steps'] += 1
+                momentum = min(1.0, group['steps'] / 300) * (group['momentum'] - 0.85) + 0.85 # warmed up, as in modded-nanogpt
+                by_shape = {}
+                for p in group['params']:
+                    if p.grad is not None:
+                        by_shape.setdefault(p.shape, []).append(p)
+                for params in by_shape.values():
+                    self.muon_step(params, group['lr'], momentum, group['weight_decay'], bad)
+        super().step() # AdamW passes over what has no gradient any more
+
+    def muon_step(self, params, lr, momentum, weight_decay, bad):
+        """One step for matrices of the same shape (rows, cols), all at once."""
+        whole = [p.grad.full_tensor() if hasattr(p.grad, 'full_tensor') else p.grad for p in params]
+        grad = torch.stack(whole).float() # (N, rows, cols)
+        buffers = [self.state[p].setdefault('momentum_buffer', torch.zeros_like(g, dtype=torch.float32)) for p, g in zip(params, whole)]
+        buffer = torch.stack(buffers)
+        if bad is not None:
+            grad = torch.where(bad > 0, buffer, grad)
+            lr = lr * (1 - bad)
+        buffer.lerp_(grad, 1 - momentum)
+        torch._foreach_copy_(buffers, list(buffer))
+        rows, cols = params[0].shape
+        update = shared(grad.lerp_(buffer, momentum)) * max(1, rows / cols) ** 0.5 # Nesterov
+        for p, u in zip(params, update):
+            if hasattr(p, 'full_tensor'): # this rank's share
+                u = dist.tensor.distribute_tensor(u, p.device_mesh, p.placements, src_data_rank=None)
+            p.mul_(1 - lr * weight_decay).sub_(u.to(p.dtype) * lr)
+            p.grad = None
+
+
+def configure(model, rates, weight_decay, learning_rate, betas, device_type):
+    """
+    Muon for the matrices in the blocks of `model` (a GPT), AdamW for embeddings, head and vectors.
+
+    rates: {'matrix_lr', 'embed_lr', 'head_lr'}, where None takes the default, which holds from 1M to 1B
+    parameters: Muon's own rate does not depend on the size, those of AdamW fall with the root of the width (nanochat)
+    """
+    width = (model.config.n_embd / 768) ** -0.5
+    matrix_lr, embed_lr, head_lr = (default if rates[name] is None else rates[name] for name, default in
+                                    (('matrix_lr', 0.02), ('embed_lr', 0.2 * width), ('head_lr', 0.004 * width)))
+    params = dict(model.named_parameters())
+    matrices = [p for name, p in params.items() if '.h.' in name and p.dim() == 2]
+    embeddings = [p for name, p in params.items() if name.endswith(('wte.weight', 'wpe.weight'))]
+    head = [p for name, p in params.items() if name.startswith('lm_head')]
+    vectors = [p for name, p in params.items() if p.dim() < 2]
+    groups = [dict(params=matrices, muon=True, momentum=0.95, steps=0, weight_decay=weight_decay, lr_scale=matrix_lr / learning_rate),
+              dict(params=embeddings, weight_decay=0.0, lr_scale=embed_lr / learning_rate),
+              dict(params=head, weight_decay=0.0, lr_scale=head_lr / learning_rate),
+              dict(params=vectors, weight_decay=0.0, lr_scale=1.0)]
+    return Muon([group for group in groups if group['params']], lr=learning_rate, betas=betas, fused=device_type in ('cuda', 'cpu', 'mps'))
