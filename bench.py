@@ -31,7 +31,7 @@ bias = False # biases in Linears and LayerNorms
 device = 'auto' # 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto' # 'float32', 'bfloat16', 'float16'
 compile: bool | str = 'auto' # torch.compile
-config, given = configure(globals(), also=('train.py',)) # a training recipe tells the sizes
+config, given = configure(globals(), model='model.py:GPTConfig', also=('train.py',)) # a training recipe tells the sizes
 
 # -----------------------------------------------------------------------------
 import itertools
@@ -62,13 +62,12 @@ if real_data:
     data_dir = os.path.join('data', dataset)
     meta_path = os.path.join(data_dir, 'meta.pkl')
     meta = load_meta(meta_path) if os.path.exists(meta_path) else GPT2
-    vocab_size = meta['vocab_size'] if 'stoi' in meta else GPTConfig.vocab_size
+    vocab_size = meta['vocab_size'] if 'stoi' in meta and 'vocab_size' not in given else vocab_size
     batches = Loader(os.path.join(data_dir, 'train.bin'), block_size, batch_size, vocab_size, seed).train_batches(itertools.count(), device)
 else:
-    vocab_size = GPTConfig.vocab_size
     X, Y = torch.randint(vocab_size, (2, batch_size, block_size), device=device)
     batches = iter(lambda: (X, Y), None)
-raw_model = model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias)).to(device)
+raw_model = model = GPT(GPTConfig(**{name: globals()[name] for name in GPTConfig.__dataclass_fields__})).to(device)
 optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), device.partition(':')[0])
 scaler = torch.amp.GradScaler(enabled=dtype == 'float16')
 if compile:

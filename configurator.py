@@ -46,13 +46,14 @@ def tell_torchrun(message):
             json.dump({'message': {'message': message, 'extraInfo': {'timestamp': str(int(time.time()))}}}, f)
 
 
-def configure(ns, also=()):
+def configure(ns, model=None, also=()):
     """
     Overwrite the knobs in `ns`, the calling script's globals(), from sys.argv.
 
     A knob is a global assigned above the call; its type is its default's, or its annotation's
-    (`stop: str | None = None`). `also` names scripts whose knobs may stand in a config file and
-    are passed over, so that bench.py and sample.py can read a training recipe.
+    (`stop: str | None = None`). The fields of the dataclass that `model` names ('model.py:GPTConfig')
+    are knobs too, where the script does not state its own. `also` names scripts, or such dataclasses,
+    whose knobs may stand in a config file and are passed over, so that sample.py can read a training recipe.
 
     Returns (config, given): all knobs as a dict, and the set of names that a file or flag set.
     Every mistake of the user's ends in one line and exit code 2, here and (through
@@ -60,6 +61,9 @@ def configure(ns, also=()):
     """
     sys.excepthook = one_line_errors
     knobs = read_knobs(ns['__file__'], ns)
+    for name, knob in read_knobs(os.path.join(os.path.dirname(__file__), model)).items() if model else ():
+        if name not in knobs:
+            knobs[name], ns[name] = knob, ast.literal_eval(knob.default)
     passed_over = {name for script in also for name in read_knobs(os.path.join(os.path.dirname(__file__), script))}
     if {'-h', '--help'} & set(sys.argv[1:]):
         print_help(ns, knobs)
@@ -100,15 +104,20 @@ def one_of(config, **choices):
 def read_knobs(path, ns=None):
     """
     The knobs of a script, {name: Knob}, read from its text: assignments to lower-case names above its
-    call of configure(). A comment on a line of its own heads the section that follows.
+    call of configure(). A comment on a line of its own heads the section that follows. 'file.py:Name'
+    reads the fields of that dataclass.
     """
+    path, _, cls = path.rpartition(':') if ':' in os.path.basename(path) else (path, '', '')
     with tokenize.open(path) as f:
         source = f.read()
     with open(path, 'rb') as f:
         comments = {t.start[0]: t for t in tokenize.tokenize(f.readline) if t.type == tokenize.COMMENT}
     headings = {row: t.string.strip('# -') for row, t in comments.items() if not t.line[:t.start[1]].strip()}
-    knobs = {}
-    for node in ast.parse(source).body:
+    knobs, nodes = {}, ast.parse(source).body
+    if cls:
+        nodes = next(node for node in nodes if isinstance(node, ast.ClassDef) and node.name == cls).body
+        headings = {0: f'{cls} in {os.path.basename(path)}'}
+    for node in nodes:
         if any(isinstance(n, ast.Call) and getattr(n.func, 'id', '') == 'configure' for n in ast.walk(node)):
             break
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):

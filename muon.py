@@ -45,6 +45,9 @@ class Muon(torch.optim.AdamW):
     fused kernel. State per matrix: momentum_buffer. Works with DDP, and with FSDP2's sharded parameters.
     """
 
+    def __setstate__(self, state):
+        torch.optim.Optimizer.__setstate__(self, state) # AdamW's own looks for a step count in all state
+
     @torch.no_grad()
     def step(self):
         bad = getattr(self, 'found_inf', None)

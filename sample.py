@@ -23,7 +23,7 @@ seed = 1337 # the same seed gives the same texts
 device = 'auto' # 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto' # 'float32', 'bfloat16', 'float16'
 compile: bool | str = False # torch.compile: pays only for very long texts
-config, given = configure(globals(), also=('train.py',)) # a training recipe tells out_dir and device
+config, given = configure(globals(), also=('train.py', 'model.py:GPTConfig')) # a training recipe tells out_dir and device
 
 # -----------------------------------------------------------------------------
 import os

@@ -35,7 +35,7 @@ gradient_accumulation_steps = 40 # micro-steps per iteration, over all processes
 batch_size = 12 # sequences per micro-step and process
 block_size = 1024 # tokens per sequence, the longest context
 seed = 1337 # of the weights, the order of the data, and dropout
-# model
+# model, as GPT-2; GPTConfig in model.py has the knobs of newer architectures (pos, norm, activation, ...)
 n_layer = 12 # blocks
 n_head = 12 # attention heads per block
 n_embd = 768 # width
@@ -43,17 +43,6 @@ d_head: int | None = None # width of a head; any sufficient two of n_head, n_emb
 d_model: int | None = None # another word for n_embd
 dropout = 0.0 # for pretraining 0 is good, for finetuning try 0.1+
 bias = False # biases in Linears and LayerNorms, as GPT-2 has them?
-# model beyond GPT-2; model.py tells more
-pos = 'learned' # positions: 'learned', 'rotary', 'alibi', 'none'
-norm = 'layernorm' # or 'rmsnorm'
-activation = 'gelu' # or 'relu2', 'swiglu'
-qk_norm = False # norm on queries and keys
-tie_embeddings = True # one matrix for embedding and head
-embed_norm = False # norm after the embedding
-logit_cap = 0.0 # bound of the logits, 0.0: none
-n_kv_head: int | None = None # heads of keys and values, None: n_head
-init = 'gpt2' # or 'zero_proj'
-attn_dropout: float | None = None # dropout on attention weights, None: as dropout
 # optimizer
 optimizer = 'adamw' # or 'muon', for the matrices in the blocks
 learning_rate = 6e-4 # the highest
@@ -85,7 +74,7 @@ gradient_checkpointing = False # True: recompute activations in backward, a thir
 device = 'auto' # 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto' # 'float32', 'bfloat16', 'float16'
 compile: bool | str = 'auto' # torch.compile: a slow start, then faster steps
-config, given = configure(globals()) # from here on the knobs are what files and flags made them
+config, given = configure(globals(), model='model.py:GPTConfig') # from here on the knobs are what files and flags made them
 
 # -----------------------------------------------------------------------------
 # imports come after the knobs, so that --help and a mistyped flag answer before torch has loaded
@@ -150,7 +139,7 @@ asked = {name: config[name] for name in (*GPTConfig.__dataclass_fields__, 'd_hea
 
 if init_from == 'scratch':
     n_head, n_embd = resolve_sizes(asked, default=(n_head, n_embd))
-    vocab_size = meta['vocab_size'] if 'stoi' in meta else GPTConfig.vocab_size
+    vocab_size = vocab_size if 'stoi' not in meta or 'vocab_size' in given else meta['vocab_size']
     sizes = {**config, 'n_head': n_head, 'n_embd': n_embd, 'vocab_size': vocab_size}
     model, loaded = GPT(GPTConfig(**{name: sizes[name] for name in GPTConfig.__dataclass_fields__})), {}
 else: # this run's own checkpoint to go on with, or other weights to fine-tune
@@ -239,7 +228,7 @@ def save(name='ckpt.pt'):
     if not master_process:
         return True
     checkpoint = dict(
-        model=state['model'], model_args=vars(raw_model.config), meta=meta, config={**knobs, 'vocab_size': raw_model.config.vocab_size},
+        model=state['model'], model_args=vars(raw_model.config), meta=meta, config=knobs,
         iter_num=iter_num, best_val_loss=best_val_loss, best_iter=best_iter, best_file=best_file, run_id=log.run_id or run_id)
     try:
         ckpt.save(os.path.join(out_dir, name), checkpoint, state.get('optimizer'), keep_checkpoints)

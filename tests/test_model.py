@@ -236,3 +236,101 @@ def test_gradient_checkpointing_changes_no_gradient_and_keeps_less(dropout):
         kept.append(sum(sizes))
         gradients.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients)) and kept[1] < kept[0] / 2
+
+
+# -----------------------------------------------------------------------------
+# knobs of newer architectures
+MODERN = dict(bias=False, pos='rotary', norm='rmsnorm', activation='relu2', qk_norm=True, tie_embeddings=False, embed_norm=True,
+              logit_cap=15.0, init='zero_proj')
+
+
+def scrambled(**knobs):
+    """A tiny GPT with random weights everywhere, zero-initialised ones included."""
+    torch.manual_seed(3)
+    model = GPT(GPTConfig(**{**dict(block_size=16, vocab_size=13, n_layer=2, n_head=4, n_embd=32), **knobs})).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return model, torch.randint(13, (2, 16))
+
+
+@pytest.mark.parametrize('n_kv_head', [None, 2, 1])
+def test_the_modern_network_is_nanochats(n_kv_head):
+    from transformers import NanoChatConfig, NanoChatForCausalLM
+    ours, idx = scrambled(**MODERN, n_kv_head=n_kv_head)
+    theirs = NanoChatForCausalLM(NanoChatConfig(vocab_size=13, hidden_size=32, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                                                num_key_value_heads=n_kv_head, max_position_embeddings=16, final_logit_softcapping=15.0)).eval()
+    weights = ours.state_dict()
+    mapped = {'model.embed_tokens.weight': weights['transformer.wte.weight'], 'lm_head.weight': weights['lm_head.weight']}
+    for i in range(2):
+        block = f'transformer.h.{i}.'
+        kv = 8 * (n_kv_head or 4)
+        qkv = weights[block + 'attn.c_attn.weight'].split((32, kv, kv))
+        mapped |= {f'model.layers.{i}.self_attn.{name}_proj.weight': w for name, w in zip('qkv', qkv)}
+        mapped |= {f'model.layers.{i}.self_attn.o_proj.weight': weights[block + 'attn.c_proj.weight'],
+                   f'model.layers.{i}.mlp.fc1.weight': weights[block + 'mlp.c_fc.weight'],
+                   f'model.layers.{i}.mlp.fc2.weight': weights[block + 'mlp.c_proj.weight']}
+    theirs.load_state_dict(mapped)
+    with torch.no_grad():
+        assert torch.allclose(ours(idx, idx)[0], theirs(idx).logits, atol=1e-4)
+
+
+def test_with_every_knob_at_its_default_nothing_has_changed():
+    names = [name for name, _ in GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=8)).named_parameters()]
+    block = [f'transformer.h.0.{name}.{kind}' for name in ('ln_1', 'attn.c_attn', 'attn.c_proj', 'ln_2', 'mlp.c_fc', 'mlp.c_proj') for kind in ('weight', 'bias')]
+    assert names == ['transformer.wte.weight', 'transformer.wpe.weight', *block, 'transformer.ln_f.weight', 'transformer.ln_f.bias']
+
+
+def test_rotary_scores_depend_on_distance_alone_and_equal_complex_rotation():
+    cos, sin = model_module.rotary_table(12, 8, 'cpu')
+    q, k = torch.randn(2, 8)
+    at = lambda x, t: model_module.rotate(x.view(1, 1, 1, 8), cos[t:t + 1], sin[t:t + 1]).flatten()
+    assert torch.allclose(at(q, 7) @ at(k, 4), at(q, 3) @ at(k, 0), atol=1e-5)
+    # independently: pairs (i, i + 4) as complex numbers, turned by -t * 10000^(-i / 4)
+    z = torch.complex(q[:4], q[4:]) * torch.polar(torch.ones(4), -7 * 10000.0 ** (-torch.arange(4) / 4))
+    assert torch.allclose(at(q, 7), torch.cat((z.real, z.imag)), atol=1e-5)
+
+
+def test_alibi_is_a_penalty_by_distance_with_a_slope_per_head():
+    bias = model_module.alibi_bias(5, 4, 'cpu')
+    for h, slope in enumerate((1 / 4, 1 / 16, 1 / 64, 1 / 256)): # 2^(-8 h / 4), Press et al. 2021, section 3
+        for i in range(5):
+            assert bias[h, i, :i + 1].tolist() == [-slope * (i - j) for j in range(i + 1)] and torch.isinf(bias[h, i, i + 1:]).all()
+
+
+@pytest.mark.parametrize('knobs', [dict(pos='rotary'), dict(pos='alibi'), dict(pos='none'), dict(norm='rmsnorm'), dict(activation='relu2'),
+                                   dict(activation='swiglu'), dict(qk_norm=True), dict(tie_embeddings=False), dict(embed_norm=True),
+                                   dict(logit_cap=5.0), dict(n_kv_head=2), dict(attn_dropout=0.2), dict(dropout=0.1, pos='alibi'), MODERN])
+def test_every_knob_trains_is_causal_and_does_something(knobs):
+    model, idx = scrambled(**knobs)
+    base, _ = scrambled()
+    logits = model(idx, idx)[0]
+    if 'attn_dropout' not in knobs:
+        assert logits.shape == (2, 16, 13) and not torch.allclose(logits, base(idx, idx)[0], atol=1e-3)
+    changed = idx.clone()
+    changed[:, 10:] = (changed[:, 10:] + 1) % 13
+    assert torch.allclose(logits[:, :10], model(changed, idx)[0][:, :10], atol=1e-5)
+    model.train()
+    model(idx, idx)[1].backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    if knobs.get('logit_cap'):
+        assert logits.abs().max() <= knobs['logit_cap']
+
+
+@pytest.mark.parametrize('pos', ['rotary', 'alibi', 'none'])
+def test_positions_that_are_not_learned_go_beyond_the_trained_length(pos):
+    model, _ = scrambled(pos=pos)
+    idx = torch.randint(13, (1, 40))
+    logits = model(idx, idx)[0]
+    assert logits.shape == (1, 40, 13) and torch.allclose(logits[:, :16], model(idx[:, :16], idx[:, :16])[0], atol=1e-5)
+    assert model.generate(idx, 3).shape == (1, 43)
+
+
+def test_zero_init_starts_at_the_loss_of_knowing_nothing():
+    model = GPT(GPTConfig(block_size=16, vocab_size=13, n_layer=2, n_head=4, n_embd=32, **MODERN))
+    idx = torch.randint(13, (2, 16))
+    assert model(idx, idx)[1].item() == pytest.approx(math.log(13), abs=1e-6)
+
+
+def test_swiglu_has_as_many_weights_as_gelu():
+    count = lambda **knobs: sum(p.numel() for p in GPT(GPTConfig(block_size=8, vocab_size=8, n_layer=1, n_head=1, n_embd=96, **knobs)).parameters())
+    assert count(activation='swiglu', bias=False) == count(bias=False)

@@ -1,0 +1,75 @@
+import pytest
+import torch
+
+import checkpoint as ckpt
+import muon
+from conftest import TINY
+from model import GPT, GPTConfig
+
+RATES = dict(matrix_lr=None, embed_lr=None, head_lr=None)
+MUON = ['--optimizer=muon', '--pos=rotary', '--tie_embeddings=False', '--lr_schedule=trapezoid']
+
+
+@pytest.mark.parametrize('shape', [(3, 8, 8), (2, 8, 24), (2, 24, 8)])
+def test_the_update_is_nearly_orthogonal_and_turns_no_direction(shape):
+    torch.manual_seed(1)
+    X = torch.randn(shape)
+    Y = muon.orthogonalize(X)
+    U, S, V = torch.linalg.svd(X, full_matrices=False)
+    mine = U.mT @ Y @ V.mT # in the basis of X's own singular vectors
+    diagonal = torch.diagonal(mine, dim1=1, dim2=2)
+    assert Y.shape == X.shape and (diagonal > 0.5).all() and (diagonal < 1.3).all()
+    assert (mine - torch.diag_embed(diagonal)).abs().max() < 1e-3
+
+
+def test_a_step_equals_torchs_own_muon():
+    """One matrix, one step from the same momentum, against torch.optim.Muon (which iterates in bfloat16)."""
+    torch.manual_seed(2)
+    model = GPT(GPTConfig(block_size=8, vocab_size=8, n_layer=1, n_head=1, n_embd=16, bias=False))
+    optimizer = muon.configure(model, dict(RATES, matrix_lr=0.1), 0.1, 1e-3, (0.9, 0.95), 'cpu')
+    for group in optimizer.param_groups:
+        group['lr'] = 1e-3 * group['lr_scale']
+    p = model.transformer.h[0].mlp.c_fc.weight
+    q = torch.nn.Parameter(p.detach().clone())
+    theirs = torch.optim.Muon([q], lr=0.1, weight_decay=0.1, momentum=0.85 + 0.1 / 300) # momentum warmed up for one step
+    for x in model.parameters():
+        x.grad = torch.randn_like(x)
+    q.grad = p.grad.clone()
+    before = p.detach().clone()
+    optimizer.step()
+    theirs.step()
+    step = lambda after: (after.detach() - before) / (after.detach() - before).norm()
+    assert torch.allclose(step(p), step(q), atol=0.03) and (p.detach() - before).norm().item() == pytest.approx((q.detach() - before).norm().item(), rel=0.1)
+
+
+def test_a_bad_step_is_skipped():
+    model = GPT(GPTConfig(block_size=8, vocab_size=8, n_layer=1, n_head=1, n_embd=16))
+    optimizer = muon.configure(model, RATES, 0.1, 1e-3, (0.9, 0.95), 'cpu')
+    grads = lambda value: [setattr(p, 'grad', torch.full_like(p, value)) for p in model.parameters()]
+    grads(1.0)
+    optimizer.step()
+    before = [p.detach().clone() for p in model.parameters()], [b.clone() for s in optimizer.state.values() for b in s.values()]
+    grads(float('nan'))
+    optimizer.found_inf = torch.tensor(1.0)
+    optimizer.step()
+    after = list(model.parameters()), [b for s in optimizer.state.values() for b in s.values()]
+    assert all(torch.equal(a, b) for old, new in zip(before, after) for a, b in zip(old, new))
+
+
+def test_muon_resumes_bit_for_bit(project):
+    flags = [*TINY, *MUON, '--dropout=0.2', '--gradient_accumulation_steps=2']
+    project.run('train.py', *flags, '--out_dir=out-muon')
+    project.run('train.py', *flags, '--out_dir=out-muon2', '--max_iters=5')
+    project.run('train.py', *flags, '--out_dir=out-muon2', '--init_from=resume')
+    a, b = (ckpt.load(str(project.path / name))['model'] for name in ('out-muon', 'out-muon2'))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize('fsdp', [False, True])
+def test_muon_shared_between_processes_equals_one(project, fsdp):
+    from test_parallel import BOTH, assert_close
+    flags = [*TINY, *MUON, '--gradient_accumulation_steps=2', '--n_layer=3']
+    if not (project.path / 'out-muon-one').exists():
+        project.run('train.py', *flags, '--out_dir=out-muon-one')
+    project.run('train.py', *flags, f'--out_dir=out-muon-{fsdp}', f'--fsdp={fsdp}', launcher=BOTH)
+    assert_close(project.path / 'out-muon-one', project.path / f'out-muon-{fsdp}')
