@@ -53,6 +53,15 @@ def save(path, checkpoint, optimizer_state=None, keep=1):
         print(f'{folder}: {e.strerror or e}; older checkpoints stay as they are', flush=True)
 
 
+def try_save(*args):
+    """save(*args), and what went wrong as text, '' if nothing did."""
+    try:
+        save(*args)
+        return ''
+    except OSError as e:
+        return str(e)
+
+
 def set_aside(folder):
     """Rename what an earlier run left in `folder`, so that nobody resumes it for this one; the first save removes it."""
     for name in ('ckpt.pt', 'best.pt'):

@@ -7,17 +7,24 @@ import torch
 import torch.distributed as dist
 
 
-def orthogonalize(X, steps=5):
+def has_bfloat16(device):
+    """Does this hardware multiply matrices in bfloat16 faster than in float32?"""
+    if device.type == 'cuda':
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == 'cpu' and getattr(torch.cpu, '_is_avx512_bf16_supported', bool)()
+
+
+def orthogonalize(X, steps=5, dtype=None):
     """
     The orthogonal matrices nearest to X (N, rows, cols), roughly: a quintic Newton-Schulz iteration that
-    brings all singular values to between 0.7 and 1.2. In bfloat16 on GPUs that have it, else float32.
+    brings all singular values to between 0.7 and 1.2. It needs no precision, so dtype None takes bfloat16
+    where the hardware has it, else float32.
     """
     a, b, c = 3.4445, -4.7750, 2.0315 # steepest at zero, from the post above
     wide = X.size(1) <= X.size(2)
     X = X if wide else X.mT # the smaller side first: fewer multiplications
-    if X.is_cuda and torch.cuda.get_device_capability(X.device) >= (8, 0):
-        X = X.bfloat16()
     X = X / (X.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
+    X = X.to(dtype or (torch.bfloat16 if has_bfloat16(X.device) else torch.float32))
     for _ in range(steps):
         A = X @ X.mT
         X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)

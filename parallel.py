@@ -22,11 +22,14 @@ from device import DTYPES
 
 def start(backend, device, timeout, micro_batches):
     """
-    Join the processes that torchrun launched, which are to share `micro_batches` per iteration.
+    Join the processes that torchrun launched, which are to share `micro_batches` per iteration: (rank, number of
+    processes), which is (0, 1) where it has launched none.
 
     backend: 'nccl', 'gloo', or 'auto'; device: where the model lives
     timeout: seconds without an answer after which the others are given up
     """
+    if 'RANK' not in os.environ:
+        return 0, 1
     n = int(os.environ['WORLD_SIZE'])
     if micro_batches % n:
         fits = [n * k for k in (micro_batches // n, micro_batches // n + 1) if k]
@@ -50,6 +53,7 @@ def start(backend, device, timeout, micro_batches):
         store = dist.PrefixStore(f'attempt-{os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}', store)
     dist.init_process_group('gloo' if backend == 'auto' else backend, store=store, rank=rank, world_size=n, timeout=timeout)
     sys.excepthook = hook # torch has put one of its own before it
+    return rank, n
 
 
 def lost_contact(report):
@@ -114,6 +118,8 @@ def shard(model, device, dtype, compile):
     `model`, on CPU before, in place. In 16 bits weights travel and blocks compute so, the sum over blocks
     included, which DDP keeps in float32; gradients are added in float32.
     """
+    if not dist.is_initialized():
+        raise ValueError('fsdp=True shares a model between processes; launch them with torchrun')
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     mesh = init_device_mesh(device.partition(':')[0], (dist.get_world_size(),))

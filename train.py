@@ -111,13 +111,9 @@ one_of(config, optimizer=('adamw', 'muon'), lr_schedule=('cosine', 'trapezoid'))
 device, dtype, compile = resolve(device, dtype, compile)
 tune(device)
 ctx = autocast(device, dtype)
-ddp = 'RANK' in os.environ # launched by torchrun?
-rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+rank, world_size = parallel.start(backend, device, dist_timeout, gradient_accumulation_steps) # 0, 1 without torchrun
+ddp = dist.is_initialized() # launched by torchrun?
 master_process = rank == 0 # the one that prints and writes
-if ddp:
-    parallel.start(backend, device, dist_timeout, gradient_accumulation_steps)
-elif fsdp:
-    raise ValueError('fsdp=True shares a model between processes; launch them with torchrun')
 
 def say(text):
     if master_process:
@@ -225,18 +221,14 @@ def save(name='ckpt.pt'):
     if name == 'ckpt.pt': # best.pt is for sampling and goes without
         state['optimizer'] = {**optimizer.state_dict(), 'scaler': scaler.state_dict()}
     state = parallel.gather_state(state, keep=master_process)
-    if not master_process:
-        return True
-    checkpoint = dict(
-        model=state['model'], model_args=vars(raw_model.config), meta=meta, config=knobs,
-        iter_num=iter_num, best_val_loss=best_val_loss, best_iter=best_iter, best_file=best_file, run_id=log.run_id or run_id)
-    try:
-        ckpt.save(os.path.join(out_dir, name), checkpoint, state.get('optimizer'), keep_checkpoints)
-        unsaved.discard(name)
-    except OSError as e: # what was saved last is still whole
-        unsaved.add(name)
-        say(f'iteration {iter_num}: {e}; training goes on, the next save tries again')
-    return name not in unsaved
+    if master_process:
+        checkpoint = dict(
+            model=state['model'], model_args=vars(raw_model.config), meta=meta, config=knobs, iter_num=iter_num,
+            best_val_loss=best_val_loss, best_iter=best_iter, best_file=best_file, run_id=log.run_id or run_id)
+        unsaved[name] = ckpt.try_save(os.path.join(out_dir, name), checkpoint, state.get('optimizer'), keep_checkpoints)
+        if unsaved[name]: # what was saved last is still whole
+            say(f'iteration {iter_num}: {unsaved[name]}; training goes on, the next save tries again')
+    return not unsaved.get(name)
 
 # -----------------------------------------------------------------------------
 # loop
@@ -244,15 +236,15 @@ tokens_per_micro_batch = batch_size * block_size
 batches = train_data.train_batches(deal(iter_num, gradient_accumulation_steps, batch_size_warmup_iters, rank, world_size), device)
 if not eval_only:
     stop = parallel.StopSignals() # true once SIGINT, SIGTERM or SIGUSR1 has come
-    wandb = dict(project=wandb_project, name=wandb_run_name, config=knobs, id=run_id, resume='allow') if wandb_log else None
     tokens = micro_batches(iter_num, gradient_accumulation_steps, batch_size_warmup_iters)[0] * tokens_per_micro_batch
-    log = RunLog(out_dir, knobs, iter_num, tokens, max_iters, wandb, quiet=not master_process)
+    wandb = dict(project=wandb_project, name=wandb_run_name, config=knobs, id=run_id, resume='allow')
+    log = RunLog(out_dir, knobs, iter_num, tokens, max_iters, wandb_log and wandb, quiet=not master_process)
     if master_process and init_from != 'resume':
         ckpt.set_aside(out_dir)
 peak = peak_flops(device, dtype)
 peak_speed = peak and world_size * block_size / raw_model.estimate_mfu(1, 1.0, peak) # tokens/s of an MFU of 1
 bad_in_row, bad_steps, clipped = torch.zeros(3, device=device) # bad steps in a row; bad and clipped ones since the last log
-save_due, unsaved = False, set() # is a save due; files whose last write failed
+save_due, unsaved = False, {} # is a save due; why the last write of a file failed
 ended = problem = '' # why the run ends early; what makes its exit code 1
 model.train()
 while True:
@@ -350,7 +342,7 @@ if not eval_only:
     log.close()
     say(f'{ended}iteration {iter_num}, {log.seconds():.1f} s of training, best val loss {best_val_loss:.4f}; '
         f'next: python sample.py --out_dir={out_dir}')
-    if unsaved:
-        problem = f'{" and ".join(sorted(unsaved))} could not be written at the last attempt; what is in {out_dir} is older'
+    if any(unsaved.values()):
+        problem = f'{" and ".join(filter(unsaved.get, unsaved))} could not be written at the last attempt; what is in {out_dir} is older'
     if problem and master_process:
         fail(problem, 1)
