@@ -16,7 +16,7 @@ import torch
 
 from data.tokenizer import GPT2, write_whole
 from model import GPT, GPTConfig, resolve_sizes
-from parallel import shard_like
+from parallel import agree, any_rank, shard_like
 
 PREFIXES = ('_orig_mod.', 'module.') # what torch.compile and DDP put before parameter names
 
@@ -168,6 +168,18 @@ def fit_sizes(model, asked, source):
     if block_size > theirs.block_size and theirs.pos == 'learned':
         raise ValueError(f'{source}: the weights have block_size={theirs.block_size}, you ask for {block_size}; lower --block_size')
     model.crop_block_size(block_size)
+
+
+def where_from(init_from, own, config):
+    """
+    `init_from` with 'auto' replaced by 'resume' where this run's own checkpoint is there, else by 'scratch'. After a
+    restart by torchrun, which any rank may have noticed, a checkpoint of the same knobs is resumed whatever it says.
+    What rank 0 finds counts.
+    """
+    restarted = any_rank(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') != '0')
+    if init_from == 'auto' or (restarted and made_by(config, own)):
+        init_from = 'resume' if os.path.exists(own) else 'scratch'
+    return agree(init_from)
 
 
 def made_by(config, path):

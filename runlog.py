@@ -26,6 +26,13 @@ COLUMNS = ('iter', 'tokens', 'seconds', 'loss', 'train_loss', 'val_loss', 'lr', 
            'update_norm', 'bad_steps', 'tokens_per_second', 'mfu', 'memory_gb')
 
 
+def say(text):
+    """Print a line, above the progress bar if there is one, from one process only."""
+    if os.environ.get('RANK', '0') == '0':
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+
 class RunLog:
 
     def __init__(self, out_dir, config, iter_num=0, tokens=0, max_iters=0, wandb=None, quiet=False):
@@ -120,7 +127,7 @@ class RunLog:
             self.broken = False
         except Exception as e: # OSError mostly, but a picture has many ways to fail
             if not self.broken:
-                tqdm.write(f'cannot write the log into {self.out_dir}: {getattr(e, "strerror", None) or e}; training goes on', file=sys.stdout)
+                say(f'cannot write the log into {self.out_dir}: {getattr(e, "strerror", None) or e}; training goes on')
             self.broken = True
 
 

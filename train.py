@@ -80,8 +80,6 @@ config, given = configure(globals(), model='model.py:GPTConfig') # from here on 
 # imports come after the knobs, so that --help and a mistyped flag answer before torch has loaded
 import math
 import os
-import sys
-import time
 from functools import partial
 
 import numpy as np
@@ -89,7 +87,6 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.nn.utils import clip_grad_norm_
-from tqdm import tqdm
 
 import checkpoint as ckpt
 import muon
@@ -98,7 +95,7 @@ from data.loader import Loader, deal, micro_batches
 from data.tokenizer import GPT2, load_meta
 from device import autocast, memory_gb, peak_flops, resolve, tune
 from model import GPT, GPTConfig, resolve_sizes
-from runlog import RunLog, health
+from runlog import RunLog, health, say
 
 # -----------------------------------------------------------------------------
 # devices and processes
@@ -115,21 +112,13 @@ rank, world_size = parallel.start(backend, device, dist_timeout, gradient_accumu
 ddp = dist.is_initialized() # launched by torchrun?
 master_process = rank == 0 # the one that prints and writes
 
-def say(text):
-    if master_process:
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
-
 # -----------------------------------------------------------------------------
 # model
 data_dir = os.path.join('data', dataset)
 meta_path = os.path.join(data_dir, 'meta.pkl')
 meta = load_meta(meta_path) if os.path.exists(meta_path) else GPT2 # travels in the checkpoint
 own = os.path.join(out_dir, 'ckpt.pt') # this run's
-restarted = parallel.any_rank(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') != '0') # by torchrun, after a fault
-if init_from == 'auto' or (restarted and ckpt.made_by(config, own)):
-    init_from = 'resume' if os.path.exists(own) else 'scratch'
-init_from = parallel.agree(init_from) # what rank 0 finds counts
+init_from = ckpt.where_from(init_from, own, config) # 'auto', and a restart by torchrun after a fault, may mean 'resume'
 torch.manual_seed(seed)
 asked = {name: config[name] for name in (*GPTConfig.__dataclass_fields__, 'd_head', 'd_model') if name in given}
 
