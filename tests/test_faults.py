@@ -175,8 +175,10 @@ def test_a_folder_that_goes_away_and_comes_back(runs, straight, tried):
     folder, away = runs.project.path / 'gone', runs.project.path / 'gone-elsewhere'
     pid = runs.start('gone', *LONG, '--save_interval=5')
     until(lambda: saved_at(folder) >= 10)
+    os.kill(pid, signal.SIGSTOP) # or it might make the folder anew in between
     folder.rename(away)
     folder.write_text('a file where the folder was')
+    os.kill(pid, signal.SIGCONT)
     until(lambda: 'training goes on, the next save' in runs.text('gone'))
     folder.unlink()
     assert runs.wait(pid) == 0
