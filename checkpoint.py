@@ -17,6 +17,7 @@ import torch
 from data.tokenizer import GPT2, write_whole
 from model import GPT, GPTConfig, resolve_sizes
 from parallel import agree, any_rank, shard_like
+from runlog import say
 
 PREFIXES = ('_orig_mod.', 'module.') # what torch.compile and DDP put before parameter names
 
@@ -50,7 +51,7 @@ def save(path, checkpoint, optimizer_state=None, keep=1):
             with open(path, 'rb') as f:
                 write_whole(os.path.join(folder, f'ckpt-{stem}.pt'), lambda copy: shutil.copyfileobj(f, copy))
     except OSError as e:
-        print(f'{folder}: {e.strerror or e}; older checkpoints stay as they are', flush=True)
+        say(f'{folder}: {e.strerror or e}; older checkpoints stay as they are')
 
 
 def try_save(*args):

@@ -87,6 +87,13 @@ def at_least(config, smallest, *names):
             raise ValueError(f'{name}={config[name]} must be at least {smallest}' if smallest else f'{name}={config[name]} must not be negative')
 
 
+def above(config, limit, *names):
+    """Refuse knobs that are not more than `limit`."""
+    for name in names:
+        if config[name] <= limit:
+            raise ValueError(f'{name}={config[name]} must be more than {limit}')
+
+
 def below(config, limit, *names):
     """Refuse knobs that are not less than `limit`."""
     for name in names:

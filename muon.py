@@ -100,13 +100,14 @@ def configure(model, rates, weight_decay, learning_rate, betas, device_type):
     width = (model.config.n_embd / 768) ** -0.5
     matrix_lr, embed_lr, head_lr = (default if rates[name] is None else rates[name] for name, default in
                                     (('matrix_lr', 0.02), ('embed_lr', 0.2 * width), ('head_lr', 0.004 * width)))
+    scale = lambda lr: lr / learning_rate if learning_rate else 0.0 # of the schedule's rate
     params = dict(model.named_parameters())
     matrices = [p for name, p in params.items() if '.h.' in name and p.dim() == 2]
     embeddings = [p for name, p in params.items() if name.endswith(('wte.weight', 'wpe.weight'))]
     head = [p for name, p in params.items() if name.startswith('lm_head')]
     vectors = [p for name, p in params.items() if p.dim() < 2]
-    groups = [dict(params=matrices, muon=True, momentum=0.95, steps=0, weight_decay=weight_decay, lr_scale=matrix_lr / learning_rate),
-              dict(params=embeddings, weight_decay=0.0, lr_scale=embed_lr / learning_rate),
-              dict(params=head, weight_decay=0.0, lr_scale=head_lr / learning_rate),
+    groups = [dict(params=matrices, muon=True, momentum=0.95, steps=0, weight_decay=weight_decay, lr_scale=scale(matrix_lr)),
+              dict(params=embeddings, weight_decay=0.0, lr_scale=scale(embed_lr)),
+              dict(params=head, weight_decay=0.0, lr_scale=scale(head_lr)),
               dict(params=vectors, weight_decay=0.0, lr_scale=1.0)]
     return Muon([group for group in groups if group['params']], lr=learning_rate, betas=betas, fused=device_type in ('cuda', 'cpu', 'mps'))

@@ -34,18 +34,19 @@ def start(backend, device, timeout, micro_batches):
     if micro_batches % n:
         fits = [n * k for k in (micro_batches // n, micro_batches // n + 1) if k]
         raise ValueError(f'gradient_accumulation_steps={micro_batches} cannot be shared by {n} processes; {" or ".join(map(str, fits))} can')
-    if 'cuda' in device and backend == 'nccl' and not dist.is_nccl_available():
-        raise ValueError("backend='nccl' is not part of this torch; use --backend=gloo")
     if backend not in ('auto', 'nccl', 'gloo'):
         raise ValueError(f"backend={backend!r} is none of 'auto', 'nccl', 'gloo'")
     if 'mps' in device or (backend == 'nccl' and 'cuda' not in device):
         raise ValueError(f'several processes on {device} with backend={backend!r} cannot work; use CUDA, or --device=cpu --backend=gloo')
+    if backend == 'nccl' and not dist.is_nccl_available():
+        raise ValueError("backend='nccl' is not part of this torch; use --backend=gloo")
     if 'cuda' in device:
         torch.cuda.set_device(device)
         if backend in ('auto', 'nccl') and dist.is_nccl_available():
             backend = 'cpu:gloo,cuda:nccl' # whoever asks about a flag in CPU memory does not wait for the GPU
     sys.excepthook = hook = lost_contact(sys.excepthook)
     timeout = timedelta(seconds=timeout)
+    global store
     store, rank, _ = next(rendezvous('env://', timeout=timeout))
     if os.environ.get('LOCAL_WORLD_SIZE') == os.environ['WORLD_SIZE']:
         # torchrun (2.13) keeps one store over its restarts, and in it the addresses of the dead; several machines
@@ -54,6 +55,18 @@ def start(backend, device, timeout, micro_batches):
     dist.init_process_group('gloo' if backend == 'auto' else backend, store=store, rank=rank, world_size=n, timeout=timeout)
     sys.excepthook = hook # torch has put one of its own before it
     return rank, n
+
+
+def leave():
+    """
+    The end of all processes together. They meet in the store, which is torchrun's and outlives them: to meet by an
+    exchange would leave the first to close its connections while another still reads from them.
+    """
+    if dist.is_initialized():
+        ranks = [f'left-{rank}' for rank in range(dist.get_world_size())]
+        store.set(ranks[dist.get_rank()], '')
+        store.wait(ranks)
+        dist.destroy_process_group()
 
 
 def lost_contact(report):

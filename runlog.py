@@ -27,10 +27,13 @@ COLUMNS = ('iter', 'tokens', 'seconds', 'loss', 'train_loss', 'val_loss', 'lr', 
 
 
 def say(text):
-    """Print a line, above the progress bar if there is one, from one process only."""
+    """Print a line, above the progress bar if there is one, from one process only. A terminal or pipe that is gone ends no run."""
     if os.environ.get('RANK', '0') == '0':
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        try:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+        except OSError:
+            sys.stdout = sys.stderr = open(os.devnull, 'w') # nobody reads on
 
 
 class RunLog:
@@ -95,9 +98,12 @@ class RunLog:
         self.row(iter=iter_num, tokens=tokens, loss=loss, clipped=clipped / (iter_num + 1 - self.last_row), tokens_per_second=speed, mfu=mfu, **numbers)
         text = f'{speed:,.0f} tok/s' + (f', mfu {mfu * 100:.1f}%' if mfu else '')
         if self.bar.disable and not self.quiet:
-            print(f'iter {iter_num}: loss {loss:.4f}, {dt * 1000:.2f} ms, {text}', flush=True)
+            say(f'iter {iter_num}: loss {loss:.4f}, {dt * 1000:.2f} ms, {text}')
         self.bar.set_postfix_str(f'loss {loss:.4f}, {text}', refresh=False)
-        self.bar.update(iter_num + 1 - self.bar.n)
+        try:
+            self.bar.update(iter_num + 1 - self.bar.n)
+        except OSError: # as in say()
+            self.bar.disable = True
         self.last_time, self.last_iter, self.last_row, self.last_tokens = now, iter_num + 1, iter_num + 1, tokens
 
     def row(self, **numbers):
@@ -184,7 +190,7 @@ def draw(out_dirs, png):
     try:
         import matplotlib
     except ImportError:
-        print(f'no {png}: it needs matplotlib (pip install matplotlib)')
+        say(f'no {png}: it needs matplotlib (pip install matplotlib)')
         return
     matplotlib.use('Agg') # no screen needed
     import matplotlib.pyplot as plt

@@ -12,7 +12,7 @@ On 2 machines, each with its own node_rank:
 $ torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --master_port=1234 train.py config/train_gpt2.py --gradient_accumulation_steps=48
 """
 
-from configurator import at_least, below, configure, fail, one_of
+from configurator import above, at_least, below, configure, fail, one_of
 
 # -----------------------------------------------------------------------------
 # I/O
@@ -102,8 +102,10 @@ from runlog import RunLog, health, say
 save_interval = config['save_interval'] = eval_interval if save_interval is None else save_interval
 at_least(config, 1, 'eval_interval', 'save_interval', 'log_interval', 'eval_iters', 'keep_checkpoints',
          'gradient_accumulation_steps', 'batch_size', 'block_size', 'dist_timeout')
-at_least(config, 0, 'beta1', 'beta2', 'seed', 'max_bad_steps', 'batch_size_warmup_iters', 'patience', 'learning_rate', 'min_lr', 'weight_decay', 'grad_clip')
+at_least(config, 0, 'beta1', 'beta2', 'seed', 'max_bad_steps', 'batch_size_warmup_iters', 'patience', 'learning_rate', 'min_lr',
+         'warmup_iters', 'lr_decay_iters', 'weight_decay', 'grad_clip')
 below(config, 1, 'beta1', 'beta2')
+above(config, 0, 'decay_share')
 one_of(config, optimizer=('adamw', 'muon'), lr_schedule=('cosine', 'trapezoid'))
 device, dtype, compile = resolve(device, dtype, compile)
 tune(device)
@@ -224,7 +226,7 @@ def save(name='ckpt.pt'):
 tokens_per_micro_batch = batch_size * block_size
 batches = train_data.train_batches(deal(iter_num, gradient_accumulation_steps, batch_size_warmup_iters, rank, world_size), device)
 if not eval_only:
-    stop = parallel.StopSignals() # true once SIGINT, SIGTERM or SIGUSR1 has come
+    stop = parallel.StopSignals() # true once SIGINT, SIGTERM, SIGHUP or SIGUSR1 has come
     tokens = micro_batches(iter_num, gradient_accumulation_steps, batch_size_warmup_iters)[0] * tokens_per_micro_batch
     wandb = dict(project=wandb_project, name=wandb_run_name, config=knobs, id=run_id, resume='allow')
     log = RunLog(out_dir, knobs, iter_num, tokens, max_iters, wandb_log and wandb, quiet=not master_process)
@@ -273,8 +275,7 @@ while True:
     loss_sum = torch.zeros((), device=device)
     for micro_step in range(micro_steps):
         number = micro_step * world_size + rank # of this micro-batch within the iteration
-        if raw_model.config.dropout > 0.0: # dropout, like the data, is a function of the iteration
-            torch.manual_seed(int(np.random.SeedSequence((seed, iter_num, number)).generate_state(1)[0]))
+        torch.manual_seed(int(np.random.SeedSequence((seed, iter_num, number)).generate_state(1)[0])) # dropout, like the data, is a function of the iteration
         X, Y = next(batches)
         with parallel.exchange(model, on=micro_step == micro_steps - 1):
             with ctx:
@@ -324,9 +325,7 @@ while True:
 
 # -----------------------------------------------------------------------------
 # cleanup
-if ddp:
-    parallel.any_rank(False) # nobody leaves before the master has saved
-    dist.destroy_process_group()
+parallel.leave() # nobody before the master has saved
 if not eval_only:
     log.close()
     say(f'{ended}iteration {iter_num}, {log.seconds():.1f} s of training, best val loss {best_val_loss:.4f}; '

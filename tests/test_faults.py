@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import time
 
@@ -145,6 +146,16 @@ def test_a_second_ctrl_c_leaves_at_once(runs, tried):
     os.kill(pid, signal.SIGINT)
     assert runs.wait(pid) == 130 and time.time() - start < 2
     tried('SIGINT twice within an iteration', 'once', 'left at once, exit code 130; lost: the work since the last save')
+
+
+def test_a_pipe_that_nobody_reads_any_more_ends_no_run(project, straight, tried):
+    """As of `| tee` that was killed, or a terminal that was closed."""
+    done = subprocess.run(f'{sys.executable} train.py {" ".join(LONG)} --out_dir=unread 2>&1 | head -n 3; exit ${{PIPESTATUS[0]}}',
+                          shell=True, executable=shutil.which('bash'), cwd=project.path, capture_output=True, text=True, timeout=100,
+                          env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 3
+    assert equal(outcome(project.path / 'unread'), outcome(straight))
+    tried('output into a pipe whose reader has gone', 'once', 'the run goes on without a word, the same result, exit code 0')
 
 
 def test_a_full_disk_costs_no_more_than_that_save(runs, straight, tried):

@@ -57,6 +57,10 @@ def test_a_bad_step_is_skipped():
     assert all(torch.equal(a, b) for old, new in zip(before, after) for a, b in zip(old, new))
 
 
+def test_a_learning_rate_of_zero_stands_still(project):
+    project.run('train.py', *TINY, *MUON, '--learning_rate=0', '--min_lr=0', '--max_iters=2', '--out_dir=out-still')
+
+
 def test_muon_resumes_bit_for_bit(project):
     flags = [*TINY, *MUON, '--dropout=0.2', '--gradient_accumulation_steps=2']
     project.run('train.py', *flags, '--out_dir=out-muon')

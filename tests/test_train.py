@@ -73,8 +73,11 @@ def test_the_same_command_gives_the_same_weights_and_another_seed_others(project
     assert not same(weights(trained[0]), weights(project.path / 'out-seed'))
 
 
-def test_resumed_run_equals_uninterrupted_run_bitwise(project):
-    flags = [*TINY, '--dropout=0.2', '--gradient_accumulation_steps=3']
+@pytest.mark.parametrize('dropout', ['--dropout=0.2', '--attn_dropout=0.2'])
+def test_resumed_run_equals_uninterrupted_run_bitwise(project, dropout):
+    flags = [*TINY, dropout, '--gradient_accumulation_steps=3']
+    for name in ('out-straight', 'out-stopped'):
+        shutil.rmtree(project.path / name, ignore_errors=True)
     project.run('train.py', *flags, '--out_dir=out-straight')
     project.run('train.py', *flags, '--out_dir=out-stopped', '--max_iters=5')
     out = project.run('train.py', *flags, '--out_dir=out-stopped', '--init_from=auto').stdout
@@ -261,6 +264,8 @@ def test_the_compiled_model_trains_on_a_gpu(project):
     (['--grad_clip=-1'], 'grad_clip=-1.0 must not be negative'),
     (['--beta2=1.0'], 'beta2=1.0 must be less than 1'),
     (['--optimizer=sgd'], "optimizer='sgd' is none of 'adamw', 'muon'"),
+    (['--lr_schedule=trapezoid', '--decay_share=0'], 'decay_share=0.0 must be more than 0'),
+    (['--init_from=resume', '--out_dir=out-trained', '--optimizer=muon'], 'its optimizer state does not fit this model'),
     (['--lr_schedule=step'], "lr_schedule='step' is none of 'cosine', 'trapezoid'"),
     (['--pos=relative'], "pos='relative' is none of 'learned', 'rotary', 'alibi', 'none'"),
     (['--n_kv_head=3'], 'n_head=2 must be divisible by n_kv_head=3'),
