@@ -29,7 +29,7 @@ dropout = 0.0 # costs time too
 bias = False # biases in Linears and LayerNorms
 # system
 device = 'auto' # 'cpu', 'cuda', 'cuda:1', 'mps'
-dtype = 'auto' # 'float32', 'bfloat16', 'float16'
+dtype = 'auto' # 'float32', 'bfloat16', 'float16', or 'fast': as 'auto', but bfloat16 on CPUs that multiply it faster
 compile: bool | str = 'auto' # torch.compile
 config, given = configure(globals(), model='model.py:GPTConfig', also=('train.py',)) # a training recipe tells the sizes
 

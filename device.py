@@ -29,13 +29,22 @@ PEAK_FLOPS = {
 }
 
 
+def fast_bfloat16(device):
+    """Does this hardware (a torch.device or its name) multiply matrices faster in bfloat16 than in float32?"""
+    device = torch.device(device)
+    if device.type == 'cuda':
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    tests = [getattr(torch.cpu, name, bool) for name in ('_is_avx512_bf16_supported', '_is_amx_tile_supported')]
+    return device.type == 'cpu' and any(test() for test in tests)
+
+
 def resolve(device, dtype, compile):
     """
     The knobs device, dtype, compile with every 'auto' replaced by what suits this machine.
 
     device: 'cuda' (this process's GPU under torchrun), 'mps' or 'cpu', or as given
     dtype: bfloat16 on GPUs that have it in hardware (compute capability 8.0 up), float16 on older
-        ones, float32 on CPU and MPS
+        ones, float32 on CPU and MPS; 'fast' is the same, but bfloat16 on CPUs that have it too
     compile: on GPUs that Triton supports (capability 7.0 up)
     Raises ValueError for a device that is not there, an unknown dtype, a compile that is neither.
     """
@@ -57,10 +66,11 @@ def resolve(device, dtype, compile):
     if kind == 'mps' and not torch.backends.mps.is_available():
         raise ValueError("device='mps': no Apple GPU here; try --device=auto or --device=cpu")
     capability = torch.cuda.get_device_capability(device) if kind == 'cuda' else (0, 0)
-    if dtype == 'auto':
-        dtype = 'float32' if kind != 'cuda' else 'bfloat16' if capability >= (8, 0) else 'float16'
+    if dtype in ('auto', 'fast'):
+        has_it = fast_bfloat16(device) and (kind == 'cuda' or dtype == 'fast')
+        dtype = 'bfloat16' if has_it else 'float16' if kind == 'cuda' else 'float32'
     if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r} is none of 'auto', 'float32', 'bfloat16', 'float16'")
+        raise ValueError(f"dtype={dtype!r} is none of 'auto', 'fast', 'float32', 'bfloat16', 'float16'")
     if dtype == 'float16' and kind != 'cuda':
         raise ValueError(f"dtype='float16' needs a CUDA device (its gradients are scaled); on {kind} use float32 or bfloat16")
     if compile == 'auto':

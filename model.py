@@ -13,6 +13,8 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ops import alibi_bias, dropout, relu2, rms_norm, rotary_table, rotate
+
 
 @dataclass
 class GPTConfig:
@@ -76,51 +78,14 @@ def resolve_sizes(asked, default=(12, 768)):
     return (n_head if n_head is not None else default[0]), (n_embd if n_embd is not None else default[1])
 
 
-def dropout(x, p, training):
-    """
-    Zero each element with probability p and scale up the rest, in training only.
-
-    On CPU the mask is cut from raw 64-bit random numbers, four elements from each, since torch draws
-    its Bernoulli numbers seven times slower (27 against 185 ms for 25 million, measured on two cores).
-    """
-    if not training or p == 0.0:
-        return x
-    if x.device.type != 'cpu' or torch.compiler.is_compiling():
-        return F.dropout(x, p)
-    cut = round(p * 65536) # p in steps of 1/65536
-    bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-2**63, None)
-    keep = torch.empty(x.shape, dtype=torch.bool)
-    torch.ge(bits.view(torch.int16)[:x.numel()].view(x.shape), cut - 32768, out=keep)
-    return x * keep * (65536 / (65536 - cut))
-
-
 class RMSNorm(nn.Module):
 
     def forward(self, x):
-        return F.rms_norm(x, (x.size(-1),), eps=1e-6)
+        return rms_norm(x)
 
 
 def make_norm(config):
     return RMSNorm() if config.norm == 'rmsnorm' else nn.LayerNorm(config.n_embd, bias=config.bias)
-
-
-def rotary_table(T, hs, device):
-    """cos and sin by which positions 0 ... T - 1 turn the hs / 2 pairs (i, i + hs / 2) of a head, each (T, hs)."""
-    inv_freq = 10000.0 ** (-torch.arange(0, hs, 2, device=device) / hs) # Su et al. 2021, section 3.2.2
-    angles = torch.outer(torch.arange(T, device=device, dtype=torch.float32), inv_freq) # (T, hs / 2)
-    return torch.cat((angles.cos(), angles.cos()), 1), torch.cat((angles.sin(), -angles.sin()), 1)
-
-
-def rotate(x, cos, sin):
-    """Turn x (B, nh, T, hs) by its positions."""
-    return x * cos.type_as(x) + x.roll(x.size(-1) // 2, -1) * sin.type_as(x)
-
-
-def alibi_bias(T, n_head, device):
-    """What ALiBi adds to attention scores, the causal mask included (nh, T, T): -slope * distance, Press et al. 2021."""
-    slopes = 2.0 ** (-8.0 * torch.arange(1, n_head + 1, device=device) / n_head)
-    distance = torch.arange(T, device=device)[:, None] - torch.arange(T, device=device) # (T, T), queries down, keys across
-    return (-slopes[:, None, None] * distance).masked_fill(distance < 0, float('-inf'))
 
 
 class CausalSelfAttention(nn.Module):
@@ -131,7 +96,7 @@ class CausalSelfAttention(nn.Module):
         hs = config.n_embd // config.n_head
         self.c_attn = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * hs, bias=config.bias) # query, key, value of all heads in one
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.qk_norm = RMSNorm() if config.qk_norm else None
+        self.qk_norm = config.qk_norm
         self.dropout = config.dropout
         self.attn_dropout = config.dropout if config.attn_dropout is None else config.attn_dropout
 
@@ -142,15 +107,15 @@ class CausalSelfAttention(nn.Module):
         if table is not None:
             q, k = rotate(q, *table), rotate(k, *table)
         if self.qk_norm:
-            q, k = self.qk_norm(q), self.qk_norm(k)
+            q, k = rms_norm(q), rms_norm(k)
         if self.n_kv_head < self.n_head:
             k, v = (z.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for z in (k, v))
         p = self.attn_dropout if self.training else 0.0
-        if p > 0.0 and x.device.type == 'cpu':
-            # torch has no flash kernel with dropout on CPU; spelled out with our own mask it is faster than its fallback
-            mask = torch.full((T, T), float('-inf'), dtype=x.dtype).triu(1) if bias is None else bias
-            att = torch.softmax(q @ k.transpose(-2, -1) / math.sqrt(q.size(-1)) + mask, dim=-1) # (B, nh, T, T)
-            y = dropout(att, p, self.training) @ v
+        if x.device.type == 'cpu' and (p > 0.0 or (q.dtype == torch.bfloat16 and T <= 512)):
+            # spelled out it is faster than torch's fallback for dropout, and than its flash kernel in bfloat16
+            mask = torch.full((T, T), float('-inf')).triu(1) if bias is None else bias
+            att = torch.softmax((q @ k.transpose(-2, -1)).float() / math.sqrt(q.size(-1)) + mask, dim=-1) # (B, nh, T, T)
+            y = dropout(att, p, self.training).type_as(v) @ v
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=p, is_causal=bias is None) # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C) # heads side by side
@@ -172,7 +137,7 @@ class MLP(nn.Module):
         if self.activation == 'gelu':
             x = F.gelu(x, approximate='tanh') # the tanh form is the one GPT-2's weights were trained with
         elif self.activation == 'relu2':
-            x = F.relu(x).square()
+            x = relu2(x)
         else:
             gate, x = x.chunk(2, dim=-1)
             x = F.silu(gate) * x

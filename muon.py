@@ -6,12 +6,7 @@ Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/
 import torch
 import torch.distributed as dist
 
-
-def has_bfloat16(device):
-    """Does this hardware multiply matrices in bfloat16 faster than in float32?"""
-    if device.type == 'cuda':
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == 'cpu' and getattr(torch.cpu, '_is_avx512_bf16_supported', bool)()
+from device import fast_bfloat16
 
 
 def orthogonalize(X, steps=5, dtype=None):
@@ -24,7 +19,7 @@ def orthogonalize(X, steps=5, dtype=None):
     wide = X.size(1) <= X.size(2)
     X = X if wide else X.mT # the smaller side first: fewer multiplications
     X = X / (X.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
-    X = X.to(dtype or (torch.bfloat16 if has_bfloat16(X.device) else torch.float32))
+    X = X.to(dtype or (torch.bfloat16 if fast_bfloat16(X.device) else torch.float32))
     for _ in range(steps):
         A = X @ X.mT
         X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)

@@ -42,7 +42,7 @@ if temperature < 0 or top_k < 0:
     raise ValueError(f'temperature={temperature} and top_k={top_k} must not be negative')
 if start.startswith('FILE:') and not os.path.isfile(start[5:]):
     raise FileNotFoundError(f'prompt file {start[5:]} not found')
-device, dtype, compile = resolve(device, dtype, compile)
+device, dtype, compile = resolve(device, 'auto' if dtype == 'fast' else dtype, compile) # to convert all weights for each token is not
 tune(device)
 torch.manual_seed(seed)
 sys.stdout.reconfigure(errors='replace') # a Windows console cannot show every character

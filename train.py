@@ -72,7 +72,7 @@ dist_timeout = 600 # seconds without an answer after which another process is gi
 fsdp = False # True: share weights and optimizer state between processes (FSDP2), for models larger than a GPU
 gradient_checkpointing = False # True: recompute activations in backward, a third more work for less memory
 device = 'auto' # 'cpu', 'cuda', 'cuda:1', 'mps'
-dtype = 'auto' # 'float32', 'bfloat16', 'float16'
+dtype = 'auto' # 'float32', 'bfloat16', 'float16', or 'fast': as 'auto', but bfloat16 on CPUs that multiply it faster
 compile: bool | str = 'auto' # torch.compile: a slow start, then faster steps
 config, given = configure(globals(), model='model.py:GPTConfig') # from here on the knobs are what files and flags made them
 

@@ -8,6 +8,7 @@ python would, and can be killed for good.
 import json
 import os
 import runpy
+import signal
 import sys
 import threading
 
@@ -17,6 +18,7 @@ import torch._dynamo # noqa: optimizers import it at their first step
 
 def child(order):
     os.setpgrp()
+    signal.signal(signal.SIGINT, signal.default_int_handler) # who started the tests in the background ignores it
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for handle, name in ((1, 'stdout'), (2, 'stderr')):
         os.dup2(os.open(order[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND), handle)

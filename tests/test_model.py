@@ -5,7 +5,9 @@ import torch
 from torch.nn import functional as F
 
 import model as model_module
-from model import GPT, GPTConfig, dropout, resolve_sizes
+import ops
+from model import GPT, GPTConfig, resolve_sizes
+from ops import dropout
 
 
 def tiny(**changes):
@@ -281,9 +283,9 @@ def test_with_every_knob_at_its_default_nothing_has_changed():
 
 
 def test_rotary_scores_depend_on_distance_alone_and_equal_complex_rotation():
-    cos, sin = model_module.rotary_table(12, 8, 'cpu')
+    cos, sin = ops.rotary_table(12, 8, 'cpu')
     q, k = torch.randn(2, 8)
-    at = lambda x, t: model_module.rotate(x.view(1, 1, 1, 8), cos[t:t + 1], sin[t:t + 1]).flatten()
+    at = lambda x, t: ops.rotate(x.view(1, 1, 1, 8), cos[t:t + 1], sin[t:t + 1]).flatten()
     assert torch.allclose(at(q, 7) @ at(k, 4), at(q, 3) @ at(k, 0), atol=1e-5)
     # independently: pairs (i, i + 4) as complex numbers, turned by -t * 10000^(-i / 4)
     z = torch.complex(q[:4], q[4:]) * torch.polar(torch.ones(4), -7 * 10000.0 ** (-torch.arange(4) / 4))
@@ -291,7 +293,7 @@ def test_rotary_scores_depend_on_distance_alone_and_equal_complex_rotation():
 
 
 def test_alibi_is_a_penalty_by_distance_with_a_slope_per_head():
-    bias = model_module.alibi_bias(5, 4, 'cpu')
+    bias = ops.alibi_bias(5, 4, 'cpu')
     for h, slope in enumerate((1 / 4, 1 / 16, 1 / 64, 1 / 256)): # 2^(-8 h / 4), Press et al. 2021, section 3
         for i in range(5):
             assert bias[h, i, :i + 1].tolist() == [-slope * (i - j) for j in range(i + 1)] and torch.isinf(bias[h, i, i + 1:]).all()

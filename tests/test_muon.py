@@ -75,7 +75,7 @@ import runpy, sys
 sys.argv = sys.argv[1:]
 sys.path.insert(0, '.')
 import muon
-muon.has_bfloat16 = lambda device: False
+muon.fast_bfloat16 = lambda device: False
 runpy.run_path('train.py', run_name='__main__')
 """
 

@@ -1,0 +1,91 @@
+"""
+The functions that model.py is made of and torch does not have, or has slower on a CPU. Where torch compiles
+and on other devices the plain formula stands: there the compiler joins what is written out here.
+"""
+
+import torch
+from torch.nn import functional as F
+
+
+def spelled_out(x):
+    """Is `x` on a CPU, and not being compiled?"""
+    return x.device.type == 'cpu' and not torch.compiler.is_compiling()
+
+
+def dropout(x, p, training):
+    """
+    Zero each element with probability p and scale up the rest, in training only.
+
+    On CPU the mask is cut from raw 64-bit random numbers, four elements from each, since torch draws
+    its Bernoulli numbers seven times slower (27 against 185 ms for 25 million, measured on two cores).
+    """
+    if not training or p == 0.0:
+        return x
+    if not spelled_out(x):
+        return F.dropout(x, p)
+    cut = round(p * 65536) # p in steps of 1/65536
+    bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-2**63, None)
+    keep = torch.empty(x.shape, dtype=torch.bool)
+    torch.ge(bits.view(torch.int16)[:x.numel()].view(x.shape), cut - 32768, out=keep)
+    return x * keep * (65536 / (65536 - cut))
+
+
+def rms_norm(x):
+    """x over the root of its mean square in the last dimension (Zhang & Sennrich 2019)."""
+    return RMSNorm.apply(x) if spelled_out(x) else F.rms_norm(x, (x.size(-1),), eps=1e-6)
+
+
+class RMSNorm(torch.autograd.Function):
+    """Backward in four operations; torch's takes three times as long (0.35 against 1.4 ms for queries and keys of a small network)."""
+
+    @staticmethod
+    def forward(ctx, x):
+        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_().div_(x.size(-1)).add_(1e-6).rsqrt_().to(x.dtype)
+        y = x * scale
+        ctx.save_for_backward(y, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        y, scale = ctx.saved_tensors
+        along = (grad * y).mean(-1, keepdim=True)
+        return torch.addcmul(grad, y, along, value=-1).mul_(scale)
+
+
+def relu2(x):
+    """max(x, 0) squared (So et al. 2021)."""
+    return ReLU2.apply(x) if spelled_out(x) else F.relu(x).square()
+
+
+class ReLU2(torch.autograd.Function):
+    """Backward in two operations instead of four."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = x.clamp_min(0)
+        ctx.save_for_backward(y)
+        return y * y
+
+    @staticmethod
+    def backward(ctx, grad):
+        y, = ctx.saved_tensors
+        return (grad * y).mul_(2)
+
+
+def rotary_table(T, hs, device):
+    """cos and sin by which positions 0 ... T - 1 turn the hs / 2 pairs (i, i + hs / 2) of a head, each (T, hs)."""
+    inv_freq = 10000.0 ** (-torch.arange(0, hs, 2, device=device) / hs) # Su et al. 2021, section 3.2.2
+    angles = torch.outer(torch.arange(T, device=device, dtype=torch.float32), inv_freq) # (T, hs / 2)
+    return torch.cat((angles.cos(), angles.cos()), 1), torch.cat((angles.sin(), -angles.sin()), 1)
+
+
+def rotate(x, cos, sin):
+    """Turn x (B, nh, T, hs) by its positions."""
+    return torch.addcmul(x * cos.type_as(x), x.roll(x.size(-1) // 2, -1), sin.type_as(x))
+
+
+def alibi_bias(T, n_head, device):
+    """What ALiBi adds to attention scores, the causal mask included (nh, T, T): -slope * distance, Press et al. 2021."""
+    slopes = 2.0 ** (-8.0 * torch.arange(1, n_head + 1, device=device) / n_head)
+    distance = torch.arange(T, device=device)[:, None] - torch.arange(T, device=device) # (T, T), queries down, keys across
+    return (-slopes[:, None, None] * distance).masked_fill(distance < 0, float('-inf'))
