@@ -7,7 +7,7 @@ $ python bench.py config/train_shakespeare_char.py --profile=True    # writes tr
 $ python bench.py config/train_shakespeare_char.py config/cpu.py --guards=True --steps=300    # what the safety of a run costs
 """
 
-from configurator import configure
+from configurator import at_least, configure, one_of
 
 # -----------------------------------------------------------------------------
 # what to time
@@ -27,6 +27,8 @@ n_head = 12 # attention heads per block
 n_embd = 768 # width
 dropout = 0.0 # costs time too
 bias = False # biases in Linears and LayerNorms
+# optimizer
+optimizer = 'adamw' # or 'muon', whose step is then also timed beside torch's own
 # system
 device = 'auto' # 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto' # 'float32', 'bfloat16', 'float16', or 'fast': as 'auto', but bfloat16 on CPUs that multiply it faster
@@ -42,6 +44,7 @@ import time
 
 import torch
 
+import muon
 from data.loader import Loader
 from data.tokenizer import GPT2, load_meta
 from device import DTYPES, autocast, memory_gb, peak_flops, resolve, tune
@@ -49,8 +52,8 @@ from model import GPT, GPTConfig
 from parallel import any_rank
 from runlog import RunLog
 
-if steps < 1:
-    raise ValueError(f'steps={steps} must be at least 1')
+at_least(config, 1, 'steps')
+one_of(config, optimizer=('adamw', 'muon'))
 device, dtype, compile = resolve(device, dtype, compile)
 tune(device)
 torch.manual_seed(seed)
@@ -68,7 +71,9 @@ else:
     X, Y = torch.randint(vocab_size, (2, batch_size, block_size), device=device)
     batches = iter(lambda: (X, Y), None)
 raw_model = model = GPT(GPTConfig(**{name: globals()[name] for name in GPTConfig.__dataclass_fields__})).to(device)
-optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), device.partition(':')[0])
+settings = 0.1, 1e-4, (0.9, 0.95), device.partition(':')[0]
+rates = dict.fromkeys(('matrix_lr', 'embed_lr', 'head_lr'))
+optimizer = model.configure_optimizers(*settings) if optimizer == 'adamw' else muon.configure(model, rates, *settings)
 scaler = torch.amp.GradScaler(enabled=dtype == 'float16')
 if compile:
     model = torch.compile(model, dynamic=False)
@@ -121,6 +126,19 @@ def matmul_ceiling(n=2048, repeats=10):
         seconds.append(clock() - t)
     return 2 * n**3 / statistics.median(seconds)
 
+def muon_steps(matrices):
+    """Median seconds of a step of our Muon and of torch's, alternating, with gradients like those of training."""
+    pair = muon.Muon([dict(params=matrices, muon=True, momentum=0.95, steps=0)], fused=False), torch.optim.Muon(matrices)
+    grads, seconds = [torch.randn_like(p) for p in matrices], ([], [])
+    for i in range(warmup_steps + steps):
+        for each, optimizer in zip(seconds, pair):
+            for p, grad in zip(matrices, grads):
+                p.grad = grad.clone()
+            t = clock()
+            optimizer.step()
+            each.append(clock() - t)
+    return [statistics.median(each[warmup_steps:]) for each in seconds]
+
 # -----------------------------------------------------------------------------
 t = clock()
 for _ in range(warmup_steps):
@@ -138,6 +156,10 @@ ceiling = matmul_ceiling()
 print(f'  {raw_model.estimate_mfu(batch_size, dt, ceiling) * 100:.1f}% of a 2048 x 2048 matmul on this machine now ({ceiling / 1e12:.3f} TFLOP/s)')
 if peak_flops(device, dtype):
     print(f'  {raw_model.estimate_mfu(batch_size, dt, peak_flops(device, dtype)) * 100:.1f}% MFU (data sheet: {peak_flops(device, dtype) / 1e12:.0f} TFLOP/s)')
+if isinstance(optimizer, muon.Muon):
+    matrices = next(group['params'] for group in optimizer.param_groups if group.get('muon'))
+    ours, theirs = muon_steps(matrices)
+    print(f'  muon       {ours * 1000:9.2f} ms   ({ours / dt * 100:.0f}% of the step; torch.optim.Muon on the same {len(matrices)} matrices: {theirs * 1000:.2f} ms)')
 if guards:
     bad_in_row, clipped = torch.zeros(2, device=device)
     with tempfile.TemporaryDirectory() as folder:

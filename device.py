@@ -9,6 +9,8 @@ from contextlib import nullcontext
 
 import torch
 
+from ops import fast_bfloat16
+
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
 # Peak dense FLOP/s of the matrix units in bf16/fp16, from the makers' data sheets (without sparsity).
@@ -27,15 +29,6 @@ PEAK_FLOPS = {
     'Tesla V100': 125e12,
     'Tesla T4': 65e12,
 }
-
-
-def fast_bfloat16(device):
-    """Does this hardware (a torch.device or its name) multiply matrices faster in bfloat16 than in float32?"""
-    device = torch.device(device)
-    if device.type == 'cuda':
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    tests = [getattr(torch.cpu, name, bool) for name in ('_is_avx512_bf16_supported', '_is_amx_tile_supported')]
-    return device.type == 'cpu' and any(test() for test in tests)
 
 
 def resolve(device, dtype, compile):

@@ -6,7 +6,7 @@ Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/
 import torch
 import torch.distributed as dist
 
-from device import fast_bfloat16
+from ops import fast_bfloat16
 
 
 def orthogonalize(X, steps=5, dtype=None):

@@ -1,10 +1,19 @@
 """
-The functions that model.py is made of and torch does not have, or has slower on a CPU. Where torch compiles
-and on other devices the plain formula stands: there the compiler joins what is written out here.
+The functions under model.py that torch does not have, or has slower on a CPU. Nothing here is about GPTs, and
+model.py and this file need no other of ours. On other devices, and where torch compiles, the plain formula stands.
 """
 
 import torch
 from torch.nn import functional as F
+
+
+def fast_bfloat16(device):
+    """Does this hardware (a torch.device or its name) multiply matrices faster in bfloat16 than in float32?"""
+    device = torch.device(device)
+    if device.type == 'cuda':
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    tests = [getattr(torch.cpu, name, bool) for name in ('_is_avx512_bf16_supported', '_is_amx_tile_supported')]
+    return device.type == 'cpu' and any(test() for test in tests)
 
 
 def spelled_out(x):

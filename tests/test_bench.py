@@ -13,6 +13,10 @@ def test_random_data_needs_no_dataset_and_a_profile_is_written(project):
     assert 'wrote trace.json' in out and (project.path / 'trace.json').stat().st_size > 1000
 
 
+def test_the_step_of_muon_is_timed_beside_torchs(project):
+    assert 'torch.optim.Muon on the same 4 matrices' in project.run('bench.py', *SMALL, '--real_data=False', '--optimizer=muon').stdout
+
+
 def test_a_recipe_tells_the_sizes(project):
     out = project.run('bench.py', 'config/train_shakespeare_char.py', 'config/cpu.py', '--dataset=tiny', '--steps=1', '--warmup_steps=0').stdout
     assert '0.79M parameters' in out

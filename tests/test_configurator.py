@@ -122,7 +122,7 @@ def test_help_prints_every_knob_with_default_comment_and_section(run):
     assert 'config' not in out.replace('configure', '')
 
 
-@pytest.mark.parametrize('script', ['train.py', 'sample.py', 'bench.py', 'data/openwebtext/prepare.py'])
+@pytest.mark.parametrize('script', ['train.py', 'sample.py', 'bench.py', 'data/openwebtext/prepare.py', 'data/fineweb/prepare.py'])
 def test_help_of_every_script_is_quick_and_every_knob_has_a_comment(script):
     start = time.time()
     out = subprocess.run([sys.executable, script, '--help'], cwd=ROOT, text=True, capture_output=True, check=True).stdout

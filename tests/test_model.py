@@ -216,10 +216,11 @@ def test_sizes_that_make_no_model_are_refused(changes, message):
         GPTConfig(**changes)
 
 
-def test_model_py_touches_nothing_of_ours():
-    with open(model_module.__file__, encoding='utf-8') as f:
+@pytest.mark.parametrize('module, needs', [(model_module, {'math', 'os', 'dataclasses', 'torch', 'ops'}), (ops, {'torch'})])
+def test_model_py_touches_nothing_of_ours_but_ops(module, needs):
+    with open(module.__file__, encoding='utf-8') as f:
         imports = {line.split()[1].split('.')[0] for line in f if line.startswith(('import ', 'from '))}
-    assert imports == {'math', 'os', 'dataclasses', 'torch'}
+    assert imports == needs
 
 
 @pytest.mark.parametrize('dropout', [0.0, 0.2])
@@ -336,3 +337,32 @@ def test_zero_init_starts_at_the_loss_of_knowing_nothing():
 def test_swiglu_has_as_many_weights_as_gelu():
     count = lambda **knobs: sum(p.numel() for p in GPT(GPTConfig(block_size=8, vocab_size=8, n_layer=1, n_head=1, n_embd=96, **knobs)).parameters())
     assert count(activation='swiglu', bias=False) == count(bias=False)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('ours, plain', [
+    (ops.rms_norm, lambda x: torch.nn.functional.rms_norm(x, (x.size(-1),), eps=1e-6)),
+    (ops.relu2, lambda x: torch.relu(x).square()),
+])
+def test_what_is_spelled_out_for_a_cpu_equals_torchs(ours, plain, dtype):
+    x = torch.randn(2, 3, 5, 64).to(dtype).transpose(1, 2)
+    grad = torch.randn(x.shape).to(dtype)
+    results = []
+    for f in (ours, plain):
+        leaf = x.detach().clone().requires_grad_()
+        y = f(leaf)
+        y.backward(grad)
+        results.append((y.detach(), leaf.grad))
+    tolerance = dict(rtol=1e-5, atol=1e-5) if dtype == torch.float32 else dict(rtol=2e-2, atol=2e-2)
+    for a, b in zip(*results):
+        assert a.dtype == dtype
+        torch.testing.assert_close(a, b, **tolerance)
+
+
+def test_attention_in_bfloat16_equals_torchs(monkeypatch):
+    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=24, vocab_size=11)).bfloat16()
+    x = torch.randn(3, 24, 32).bfloat16()
+    attention = model.transformer.h[0].attn
+    q, k, v = attention.c_attn(x).view(3, 24, 6, 16).transpose(1, 2).split(2, dim=1)
+    y = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch.testing.assert_close(attention(x), attention.c_proj(y.transpose(1, 2).reshape(3, 24, 32)), rtol=2e-2, atol=2e-2)

@@ -73,7 +73,8 @@ def test_a_file_with_another_checksum_is_refused(tmp_path):
         download.from_url(f'file://{tmp_path}/file', 'ab' * 32)
 
 
-def test_openwebtext_code_reads_local_parquet(tmp_path, fake_bpe, monkeypatch, capsys): # noqa: F811
+@pytest.mark.parametrize('dataset', ['openwebtext', 'fineweb'])
+def test_web_text_is_read_from_local_parquet(tmp_path, fake_bpe, monkeypatch, capsys, dataset): # noqa: F811
     import pyarrow as pa
     import pyarrow.parquet as pq
     texts = [f'page {i}: ' + 'web ' * (i % 7) for i in range(300)]
@@ -85,7 +86,7 @@ def test_openwebtext_code_reads_local_parquet(tmp_path, fake_bpe, monkeypatch, c
         monkeypatch.setattr(sys, 'argv', ['prepare.py', f'--data_files={tmp_path}/*.parquet', f'--output_dir={out}', '--val_every=100',
                                           f'--streaming={streaming}'])
         monkeypatch.setenv('HF_DATASETS_CACHE', str(tmp_path / 'cache'))
-        runpy.run_path(str(ROOT / 'data/openwebtext/prepare.py'), run_name='__main__')
+        runpy.run_path(str(ROOT / f'data/{dataset}/prepare.py'), run_name='__main__')
         ids = np.fromfile(out / 'train.bin', dtype=np.uint16).tolist()
         assert fake_bpe.decode(ids).split('<|endoftext|>')[:-1] == [t for i, t in enumerate(texts) if i % 100 != 99]
         assert (np.fromfile(out / 'val.bin', dtype=np.uint16) == 256).sum() == 3

@@ -28,24 +28,6 @@ val_every = 2000 # one document in so many is held out: 0.05%
 # -----------------------------------------------------------------------------
 
 if __name__ == '__main__':
-    configure(globals())
-    from datasets import load_dataset
-
-    from data.tokenizer import write_documents
-
-    try:
-        if data_files:
-            documents = load_dataset('parquet', data_files=data_files, split='train', streaming=streaming)
-        else:
-            documents = load_dataset(hub_name, revision=revision, split='train', streaming=streaming)
-    except Exception as e: # datasets and the hub raise many kinds
-        raise OSError(f'{data_files or hub_name} cannot be loaded: {e}') from e
-    if column not in (documents.column_names or [column]):
-        raise ValueError(f'no column {column!r} in {data_files or hub_name}; it has {", ".join(documents.column_names)}')
-    write_documents(
-        output_dir,
-        lambda done: (batch[column] for batch in documents.skip(done).iter(batch_size=1000)),
-        total=None if streaming else len(documents),
-        source=f'{data_files or hub_name}:{column}:{val_every}',
-        val_every=val_every,
-    )
+    config, _ = configure(globals())
+    from data.hub import prepare
+    prepare(**config)

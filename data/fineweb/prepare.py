@@ -1,0 +1,34 @@
+"""
+FineWeb-Edu's sample of 10 billion tokens in GPT-2's BPE: train.bin (about 20 GB) and val.bin.
+
+    python data/fineweb/prepare.py                                     # from the Hugging Face hub
+    python data/fineweb/prepare.py --hub_name=HuggingFaceFW/fineweb    # FineWeb's own sample, of all kinds of pages
+    python data/fineweb/prepare.py --data_files='crawl/*.parquet'      # the same code on local files
+
+Uses all cores and little memory. Interrupt it at will: run again, it goes on where it was.
+"""
+
+import os
+import sys
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
+
+from configurator import configure
+
+# -----------------------------------------------------------------------------
+# where the documents come from
+hub_name = 'HuggingFaceFW/fineweb-edu' # a dataset of the Hugging Face hub
+name = 'sample-10BT' # which of its parts; 'sample-100BT' is ten times that
+data_files = '' # local .parquet files to read instead, a glob
+column = 'text' # the column that holds the documents
+streaming = False # True reads from the hub as it goes, without the cache on disk
+# where they go
+output_dir = HERE # gets train.bin and val.bin
+val_every = 1000 # one document in so many is held out: 0.1%
+# -----------------------------------------------------------------------------
+
+if __name__ == '__main__':
+    config, _ = configure(globals())
+    from data.hub import prepare
+    prepare(**config)
