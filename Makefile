@@ -58,7 +58,7 @@ sample-%: install
 	$(PY) sample.py $(firstword $(wildcard config/sample_$(subst -,_,$*).py) $(RECIPE)) --num_samples=3
 
 train-shakespeare:
-	@$(MAKE) --no-print-directory train CONFIG=config/train_shakespeare_char.py
+	@$(MAKE) --no-print-directory train CONFIG=config/train_shakespeare_char.py ARGS='config/modern.py $(ARGS)'
 	@$(MAKE) --no-print-directory sample-shakespeare_char
 
 clean:

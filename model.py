@@ -103,11 +103,12 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, table=None, bias=None):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, self.n_head + 2 * self.n_kv_head, C // self.n_head).transpose(1, 2)
-        q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1) # each (B, nh or n_kv_head, T, hs)
+        qk, v = qkv.split((self.n_head + self.n_kv_head, self.n_kv_head), dim=1)
         if table is not None:
-            q, k = rotate(q, *table), rotate(k, *table)
+            qk = rotate(qk, *table)
         if self.qk_norm:
-            q, k = rms_norm(q), rms_norm(k)
+            qk = rms_norm(qk)
+        q, k = qk.split((self.n_head, self.n_kv_head), dim=1) # each (B, nh or n_kv_head, T, hs)
         if self.n_kv_head < self.n_head:
             k, v = (z.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for z in (k, v))
         p = self.attn_dropout if self.training else 0.0

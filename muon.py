@@ -77,7 +77,10 @@ class Muon(torch.optim.AdamW):
         buffer.lerp_(grad, 1 - momentum)
         torch._foreach_copy_(buffers, list(buffer))
         rows, cols = params[0].shape
-        update = shared(grad.lerp_(buffer, momentum)) * max(1, rows / cols) ** 0.5 # Nesterov
+        grad = grad.lerp_(buffer, momentum) # Nesterov
+        if rows == 3 * cols: # c_attn: queries, keys and values each by themselves
+            grad = grad.view(-1, cols, cols)
+        update = (shared(grad) * max(1, grad.size(1) / cols) ** 0.5).reshape(-1, rows, cols)
         for p, u in zip(params, update):
             if hasattr(p, 'full_tensor'): # this rank's share
                 u = dist.tensor.distribute_tensor(u, p.device_mesh, p.placements, src_data_rank=None)
@@ -89,8 +92,9 @@ def configure(model, rates, weight_decay, learning_rate, betas, device_type):
     """
     Muon for the matrices in the blocks of `model` (a GPT), AdamW for embeddings, head and vectors.
 
-    rates: {'matrix_lr', 'embed_lr', 'head_lr'}, where None takes the default, which holds from 1M to 1B
-    parameters: Muon's own rate does not depend on the size, those of AdamW fall with the root of the width (nanochat)
+    rates: {'matrix_lr', 'embed_lr', 'head_lr'}, where None takes the default. Muon's is the same for all sizes,
+    since its steps have the same norm whatever the gradient; AdamW's fall with the root of the width (nanochat).
+    They rise and fall in step with the schedule of learning_rate, which by itself is that of the vectors.
     """
     width = (model.config.n_embd / 768) ** -0.5
     matrix_lr, embed_lr, head_lr = (default if rates[name] is None else rates[name] for name, default in
@@ -98,8 +102,8 @@ def configure(model, rates, weight_decay, learning_rate, betas, device_type):
     scale = lambda lr: lr / learning_rate if learning_rate else 0.0 # of the schedule's rate
     params = dict(model.named_parameters())
     matrices = [p for name, p in params.items() if '.h.' in name and p.dim() == 2]
-    embeddings = [p for name, p in params.items() if name.endswith(('wte.weight', 'wpe.weight'))]
-    head = [p for name, p in params.items() if name.startswith('lm_head')]
+    head = [model.lm_head.weight] # which may be wte too
+    embeddings = [p for name, p in params.items() if name.endswith(('wte.weight', 'wpe.weight')) and p is not head[0]]
     vectors = [p for name, p in params.items() if p.dim() < 2]
     groups = [dict(params=matrices, muon=True, momentum=0.95, steps=0, weight_decay=weight_decay, lr_scale=scale(matrix_lr)),
               dict(params=embeddings, weight_decay=0.0, lr_scale=scale(embed_lr)),

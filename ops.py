@@ -90,7 +90,22 @@ def rotary_table(T, hs, device):
 
 def rotate(x, cos, sin):
     """Turn x (B, nh, T, hs) by its positions."""
-    return torch.addcmul(x * cos.type_as(x), x.roll(x.size(-1) // 2, -1), sin.type_as(x))
+    cos, sin = cos.type_as(x), sin.type_as(x)
+    return Rotation.apply(x, cos, sin) if spelled_out(x) else x * cos + x.roll(x.size(-1) // 2, -1) * sin
+
+
+class Rotation(torch.autograd.Function):
+    """Backward turns back."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin)
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return torch.addcmul(grad * cos, grad.roll(grad.size(-1) // 2, -1), sin, value=-1), None, None
 
 
 def alibi_bias(T, n_head, device):

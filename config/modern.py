@@ -1,7 +1,7 @@
-# An overlay: what has proved itself since GPT-2, for any recipe that trains from scratch.
+# An overlay, the last one: what has proved itself since GPT-2, for any recipe that trains from scratch.
 #   launch     python train.py config/train_shakespeare_char.py config/modern.py
 #   network    that of transformers' NanoChatForCausalLM
-#   rates      muon.py's defaults; at 0.8M parameters matrix_lr=0.04 and head_lr=0.02 were better (README, figure D)
+#   rates      muon.py's defaults, of which README.md shows three sizes
 
 pos = 'rotary'
 norm = 'rmsnorm'
@@ -14,5 +14,10 @@ init = 'zero_proj'
 
 optimizer = 'muon'
 lr_schedule = 'trapezoid'
+decay_share = 1.0 # straight down from the first iteration (Bergsma et al. 2025)
+warmup_iters = 0
 min_lr = 0.0
 weight_decay = 0.0
+
+max_iters //= 2 # of the recipe's: it still ends lower
+lr_decay_iters = max_iters

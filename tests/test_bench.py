@@ -18,7 +18,7 @@ def test_the_step_of_muon_is_timed_beside_torchs(project):
 
 
 def test_a_recipe_tells_the_sizes(project):
-    out = project.run('bench.py', 'config/train_shakespeare_char.py', 'config/cpu.py', '--dataset=tiny', '--steps=1', '--warmup_steps=0').stdout
+    out = project.run('bench.py', 'config/train_shakespeare_char.py', 'config/cpu.py', '--dataset=tiny', '--block_size=64', '--steps=1', '--warmup_steps=0').stdout
     assert '0.79M parameters' in out
 
 

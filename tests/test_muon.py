@@ -43,6 +43,16 @@ def test_a_step_equals_torchs_own_muon():
     assert torch.allclose(step(p), step(q), atol=0.03) and (p.detach() - before).norm().item() == pytest.approx((q.detach() - before).norm().item(), rel=0.1)
 
 
+def test_queries_keys_and_values_are_made_orthogonal_each_by_itself():
+    torch.manual_seed(3)
+    p = torch.nn.Parameter(torch.zeros(24, 8))
+    p.grad = torch.randn(24, 8)
+    grad = p.grad.clone()
+    muon.Muon([dict(params=[p], muon=True, momentum=0.95, steps=0, weight_decay=0.0)], lr=1.0, fused=False).step()
+    want = -torch.cat([muon.orthogonalize(part[None])[0].float() for part in grad.split(8)])
+    torch.testing.assert_close(p.detach(), want, rtol=0.05, atol=0.05)
+
+
 def test_a_bad_step_is_skipped():
     model = GPT(GPTConfig(block_size=8, vocab_size=8, n_layer=1, n_head=1, n_embd=16))
     optimizer = muon.configure(model, RATES, 0.1, 1e-3, (0.9, 0.95), 'cpu')

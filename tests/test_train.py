@@ -366,6 +366,16 @@ def test_the_recipe_for_shakespeare_runs_with_the_cpu_overlay(project):
     assert 'step 2:' in out and (project.path / 'out-shakespeare-char' / 'ckpt.pt').exists()
 
 
+def test_the_modern_overlay_halves_the_iterations_of_whatever_stands_before_it(project):
+    write_dataset(project.path / 'data' / 'shakespeare_char')
+    short = project.path / 'short.py'
+    short.write_text('max_iters = 8\n')
+    out = project.run('train.py', 'config/train_shakespeare_char.py', 'config/laptop.py', str(short), 'config/modern.py', '--n_embd=48',
+                      '--eval_iters=1', '--out_dir=out-modern').stdout
+    assert 'step 4:' in out and 'step 5:' not in out
+    assert ckpt.load(str(project.path / 'out-modern'))['config']['lr_decay_iters'] == 4
+
+
 def test_make_lists_its_targets(project):
     out = subprocess.run(['make'], cwd=project.path, text=True, capture_output=True, check=True).stdout
     for target in ('train-shakespeare', 'test', 'install', 'generate-', 'sample-', 'train CONFIG=', 'clean'):
