@@ -1,5 +1,5 @@
 # A character-level GPT on the works of Shakespeare, the smallest run that reads like something.
-#   hardware   one GPU, minutes; on a laptop without one add config/cpu.py, about two minutes
+#   hardware   one GPU, minutes; on a laptop without one add config/cpu.py config/modern.py, about two minutes
 #   expected   val loss 1.47 on tiny Shakespeare (full size), after that it overfits
 #   launch     python train.py config/train_shakespeare_char.py
 #   before     python data/shakespeare_char/prepare.py
