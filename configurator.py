@@ -64,7 +64,8 @@ def configure(ns, model=None, also=()):
     for name, knob in read_knobs(os.path.join(os.path.dirname(__file__), model)).items() if model else ():
         if name not in knobs:
             knobs[name], ns[name] = knob, ast.literal_eval(knob.default)
-    passed_over = {name for script in also for name in read_knobs(os.path.join(os.path.dirname(__file__), script))}
+    passed_over = {name: ast.literal_eval(knob.default) for script in also
+                   for name, knob in read_knobs(os.path.join(os.path.dirname(__file__), script)).items() if name not in knobs}
     if {'-h', '--help'} & set(sys.argv[1:]):
         print_help(ns, knobs)
         raise SystemExit(0)
@@ -73,7 +74,9 @@ def configure(ns, model=None, also=()):
         if arg.startswith('-'):
             settings = read_flag(arg, knobs)
         else:
-            settings = run_file(arg, {name: ns[name] for name in knobs}, knobs, passed_over)
+            scope = {**passed_over, **{name: ns[name] for name in knobs}} # a file may reckon with what was said before it
+            settings = run_file(arg, scope, knobs, passed_over)
+            passed_over = {name: scope[name] for name in passed_over}
         for name, (value, where) in settings.items():
             ns[name] = fit(knobs[name], value, where)
             given.add(name)

@@ -122,6 +122,10 @@ def test_help_prints_every_knob_with_default_comment_and_section(run):
     assert 'config' not in out.replace('configure', '')
 
 
+def test_an_overlay_may_reckon_with_knobs_that_another_script_passes_over(project):
+    assert 'nowhere/ckpt.pt not found' in project.error('sample.py', 'config/cpu.py', 'config/modern.py', '--out_dir=nowhere')
+
+
 @pytest.mark.parametrize('script', ['train.py', 'sample.py', 'bench.py', 'data/openwebtext/prepare.py', 'data/fineweb/prepare.py'])
 def test_help_of_every_script_is_quick_and_every_knob_has_a_comment(script):
     start = time.time()
