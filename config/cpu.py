@@ -15,12 +15,12 @@ n_head = 2
 n_embd = 128 # 0.8M parameters, plus the vocabulary's
 dropout = 0.0 # so small a network cannot overfit in so short a time
 
-max_iters = 2400 # 3.7 million tokens; config/modern.py makes it half of that
-lr_decay_iters = 2400
+max_iters = 2600 # 4 million tokens; config/modern.py makes it half of that
+lr_decay_iters = 2600
 warmup_iters = 100
 learning_rate = 3e-3 # on tiny Shakespeare, block_size=64, after 2000 iterations: 1e-3 1.894, 3e-3 1.769, 5e-3 1.778 (seed 1337)
 min_lr = 1e-4
 beta2 = 0.99
-eval_interval = 600
+eval_interval = 650
 eval_iters = 20
 log_interval = 10
