@@ -70,8 +70,10 @@ def resolve_sizes(asked, default=(12, 768)):
     if d_head is not None:
         if n_embd is None:
             n_embd = n_head * d_head if n_head is not None else default[1]
-        if d_head < 1 or n_embd % d_head:
-            raise ValueError(f'n_embd={n_embd} must be divisible by d_head={d_head}: {n_embd} / {d_head} = {n_embd / (d_head or 1):.2f}')
+        if d_head < 1:
+            raise ValueError(f'd_head={d_head} must be at least 1')
+        if n_embd % d_head:
+            raise ValueError(f'n_embd={n_embd} must be divisible by d_head={d_head}: {n_embd} / {d_head} = {n_embd / d_head:.2f}')
         if n_head is not None and n_head * d_head != n_embd:
             raise ValueError(f'n_head={n_head} x d_head={d_head} = {n_head * d_head}, but n_embd={n_embd}')
         n_head = n_embd // d_head

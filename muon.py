@@ -99,6 +99,9 @@ def configure(model, rates, weight_decay, learning_rate, betas, device_type):
     width = (model.config.n_embd / 768) ** -0.5
     matrix_lr, embed_lr, head_lr = (default if rates[name] is None else rates[name] for name, default in
                                     (('matrix_lr', 0.02), ('embed_lr', 0.2 * width), ('head_lr', 0.004 * width)))
+    for name, rate in (('matrix_lr', matrix_lr), ('embed_lr', embed_lr), ('head_lr', head_lr)):
+        if rate < 0:
+            raise ValueError(f'{name}={rate} must not be negative')
     scale = lambda lr: lr / learning_rate if learning_rate else 0.0 # of the schedule's rate
     params = dict(model.named_parameters())
     matrices = [p for name, p in params.items() if '.h.' in name and p.dim() == 2]

@@ -266,6 +266,8 @@ def test_the_compiled_model_trains_on_a_gpu(project):
     (['--optimizer=sgd'], "optimizer='sgd' is none of 'adamw', 'muon'"),
     (['--lr_schedule=trapezoid', '--decay_share=0'], 'decay_share=0.0 must be more than 0'),
     (['--init_from=resume', '--out_dir=out-trained', '--optimizer=muon'], 'its optimizer state does not fit this model'),
+    (['--optimizer=muon', '--matrix_lr=-1'], 'matrix_lr=-1.0 must not be negative'),
+    (['--d_head=0'], 'd_head=0 must be at least 1'),
     (['--lr_schedule=step'], "lr_schedule='step' is none of 'cosine', 'trapezoid'"),
     (['--pos=relative'], "pos='relative' is none of 'learned', 'rotary', 'alibi', 'none'"),
     (['--n_kv_head=3'], 'n_head=2 must be divisible by n_kv_head=3'),
