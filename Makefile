@@ -5,12 +5,15 @@ PYTHON ?= python3
 CONFIG ?= config/train_shakespeare_char.py
 ARGS ?=
 NGPUS ?=
+# what makes a recipe small enough for a machine without a GPU; fine-tuning takes its sizes from the weights
+OVERLAY ?= $(if $(findstring finetune,$(CONFIG)),,config/cpu.py)
 
 PY = $(VENV)/bin/python
 GPUS = $$($(PY) -c 'import torch; print(torch.cuda.device_count() or int(torch.backends.mps.is_available()))')
 # config/train_NAME.py, or config/train_NAME_char.py where only that exists; - stands for _
 RECIPE = $(firstword $(wildcard config/train_$(subst -,_,$*).py config/train_$(subst -,_,$*)_char.py) config/train_$(subst -,_,$*).py)
-SMALL_DATASETS = shakespeare_char shakespeare
+LINES = calculator reverser wordcalc
+SMALL_DATASETS = shakespeare_char shakespeare $(LINES)
 
 .PHONY: help install test train clean generate-all
 .DEFAULT_GOAL = help
@@ -22,7 +25,8 @@ help:
 	@echo 'make generate-DATASET       run data/DATASET/prepare.py:$(patsubst data/%/prepare.py, %,$(wildcard data/*/prepare.py))'
 	@echo 'make generate-all           prepare the small ones: $(SMALL_DATASETS)'
 	@echo 'make train-RECIPE           train config/train_RECIPE.py:$(patsubst config/train_%.py, %,$(wildcard config/train_*.py))'
-	@echo 'make sample-RECIPE          three samples from what it trained'
+	@echo 'make sample-RECIPE          samples from what it trained'
+	@echo 'make eval-RECIPE            score it: loss, perplexity, exact match'
 	@echo 'make train CONFIG=config/train_gpt2.py NGPUS=8 ARGS="--max_iters=10"'
 	@echo '                            any recipe; NGPUS: all that are visible, unless given'
 	@echo 'make clean                  remove $(VENV) and caches; data and trained runs (out-*) stay'
@@ -42,24 +46,30 @@ generate-all: $(addprefix generate-,$(SMALL_DATASETS))
 generate-%: install
 	$(PY) data/$(subst -,_,$*)/prepare.py
 
-# without a GPU: the overlay config/cpu.py; on one: plain python; on several: torchrun
+# without a GPU: the overlay; on one: plain python; on several: torchrun
 train: install
 	@set -e; test -f '$(CONFIG)' || { echo 'error: no recipe $(CONFIG); make lists them' >&2; exit 2; }; \
 	dataset=$$(sed -n "s/^dataset *= *['\"]\([^'\"]*\).*/\1/p" $(CONFIG)); dataset=data/$${dataset:-openwebtext}; \
 	test -f $$dataset/train.bin -a -f $$dataset/val.bin || $(PY) $$dataset/prepare.py; \
-	gpus=$(GPUS); n=$(NGPUS); n=$${n:-$$gpus}; overlay=; test $$gpus -gt 0 || overlay=config/cpu.py; \
+	gpus=$(GPUS); n=$(NGPUS); n=$${n:-$$gpus}; overlay=; test $$gpus -gt 0 || overlay='$(OVERLAY)'; \
 	launch='$(PY)'; test $$n -le 1 || launch="$(VENV)/bin/torchrun --standalone --nproc_per_node=$$n"; \
 	set -x; $$launch train.py $(CONFIG) $$overlay $(ARGS)
 
 train-%:
 	@$(MAKE) --no-print-directory train CONFIG=$(RECIPE)
 
+$(addprefix train-,$(LINES)): train-%:
+	@$(MAKE) --no-print-directory train CONFIG=$(RECIPE) OVERLAY=config/cpu_lines.py ARGS='config/modern.py $(ARGS)'
+
 sample-%: install
-	$(PY) sample.py $(firstword $(wildcard config/sample_$(subst -,_,$*).py) $(RECIPE)) --num_samples=3
+	$(PY) sample.py $(firstword $(wildcard config/sample_$(subst -,_,$*).py) $(RECIPE)) $(ARGS)
+
+eval-%: install
+	$(PY) eval.py $(RECIPE) $(ARGS)
 
 train-shakespeare:
 	@$(MAKE) --no-print-directory train CONFIG=config/train_shakespeare_char.py ARGS='config/modern.py $(ARGS)'
-	@$(MAKE) --no-print-directory sample-shakespeare_char
+	@$(MAKE) --no-print-directory sample-shakespeare ARGS=
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache

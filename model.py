@@ -285,15 +285,17 @@ class GPT(nn.Module):
         return flops_per_token * cfg.block_size * fwdbwd_per_iter / dt / peak_flops
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, vocab_size=None):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, vocab_size=None, stop=None):
         """
-        Continue idx (B, T) by max_new_tokens sampled tokens: (B, T + max_new_tokens).
+        Continue idx (B, T) by up to max_new_tokens sampled tokens: (B, T + max_new_tokens).
 
         temperature: 0 takes the most likely token; top_k: sample from so many most likely ones, None for all
         vocab_size: ids from here on are padding of the embedding and never sampled
+        stop: called with the new tokens (B, n) after each step, whether that is enough
         Contexts longer than block_size see their last block_size tokens.
         """
-        for _ in range(max_new_tokens):
+        T = idx.size(1)
+        while idx.size(1) < T + max_new_tokens and not (stop and stop(idx[:, T:])):
             logits, _ = self(idx[:, -self.config.block_size:])
             logits = logits[:, -1, :vocab_size].float() # (B, V)
             if temperature == 0:

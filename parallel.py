@@ -105,6 +105,23 @@ def total(tensor):
     return tensor
 
 
+@torch.no_grad()
+def mean_losses(model, ctx, device, *splits):
+    """
+    For each of `splits`, which yield this rank's batches (X, Y): the mean loss in nats per target that counts, and
+    the number of these, over all ranks, as a float tensor (splits, 2).
+    """
+    sums = torch.zeros(len(splits), 2, device=device, dtype=torch.float32 if 'mps' in device else torch.float64)
+    for i, batches in enumerate(splits):
+        for X, Y in batches:
+            with ctx:
+                _, loss = model(X, Y)
+            count = (Y >= 0).sum()
+            sums[i] += torch.stack([torch.where(count > 0, loss * count, 0.0), count])
+    sums = total(sums)
+    return torch.stack([sums[:, 0] / sums[:, 1], sums[:, 1]], 1)
+
+
 class StopSignals:
     """True once somebody has asked this process to end: Ctrl-C, a scheduler's SIGTERM, SLURM's warning SIGUSR1, a lost terminal."""
 

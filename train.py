@@ -31,6 +31,9 @@ wandb_project = 'owt' # the project that runs are filed under
 wandb_run_name = 'gpt2' # this run's name
 # data
 dataset = 'openwebtext' # a folder of data/ that was prepared
+mask_before_token = '' # lines of question, this token, answer: only the answers count in the loss, '' for all tokens
+mask_per_line = True # False: everything after the window's first such token counts
+align_to_lines = False # True: sequences begin where lines do
 gradient_accumulation_steps = 40 # micro-steps per iteration, over all processes together: 5 * 8 GPUs
 batch_size = 12 # sequences per micro-step and process
 block_size = 1024 # tokens per sequence, the longest context
@@ -91,6 +94,7 @@ from torch.nn.utils import clip_grad_norm_
 import checkpoint as ckpt
 import muon
 import parallel
+from data.lines import read_lines
 from data.loader import Loader, deal, micro_batches
 from data.tokenizer import GPT2, load_meta
 from device import autocast, memory_gb, peak_flops, resolve, tune
@@ -144,10 +148,12 @@ block_size = model.config.block_size
 
 # -----------------------------------------------------------------------------
 # data: every split is read through the same fixed or counted windows, whatever the number of processes
-load_split = lambda split: Loader(os.path.join(data_dir, f'{split}.bin'), block_size, batch_size, model.config.vocab_size, seed)
+lines = read_lines(meta, model.config.vocab_size, mask_before_token, mask_per_line, align_to_lines)
+load_split = lambda split: Loader(os.path.join(data_dir, f'{split}.bin'), block_size, batch_size, model.config.vocab_size, seed, lines)
 train_data, val_data = load_split('train'), load_split('val')
 say(f'{dataset}: {len(train_data.tokens):,} tokens to train on, {len(val_data.tokens):,} to validate, '
-    f'{gradient_accumulation_steps * batch_size * block_size:,} per iteration')
+    f'{gradient_accumulation_steps * batch_size * block_size:,} per iteration'
+    + (f', {train_data.targets / batch_size / block_size:.1%} of them targets that count' if mask_before_token else ''))
 say(f'model: {model.get_num_params() / 1e6:.2f}M parameters on {device}, {dtype}{", compiled" if compile else ""}'
     f'{f", {world_size} processes" if ddp else ""}{", sharded" if fsdp else ""}')
 
@@ -180,20 +186,13 @@ if ddp and not fsdp:
 
 # -----------------------------------------------------------------------------
 # helpers
-@torch.no_grad()
 def estimate_loss():
     """Mean loss in nats per token over the same windows of each split every time: all ranks, one reduction."""
     model.eval()
-    sums = torch.zeros(2, 2, device=device) # by split: sum of losses, number of targets
-    for split, data in enumerate((train_data, val_data)):
-        for X, Y in data.eval_batches(eval_iters, rank, world_size, device):
-            with ctx:
-                _, loss = model(X, Y)
-            count = (Y >= 0).sum()
-            sums[split] += torch.stack([torch.where(count > 0, loss * count, 0.0), count])
+    batches = [data.eval_batches(eval_iters, rank, world_size, device) for data in (train_data, val_data)]
+    losses = parallel.mean_losses(model, ctx, device, *batches)[:, 0].tolist()
     model.train()
-    losses, counts = parallel.total(sums).unbind(1)
-    return dict(zip(('train', 'val'), (losses / counts).tolist()))
+    return dict(zip(('train', 'val'), losses))
 
 def get_lr(it):
     """Linear warmup, then to min_lr at lr_decay_iters: by a cosine (Loshchilov & Hutter 2016), or level and then straight down."""
@@ -280,6 +279,9 @@ while True:
         with parallel.exchange(model, on=micro_step == micro_steps - 1):
             with ctx:
                 _, loss = model(X, Y)
+                if mask_before_token: # targets weigh the same in whichever micro-batch they are
+                    counting = (Y >= 0).sum()
+                    loss = torch.where(counting > 0, loss, 0.0) * counting / train_data.targets
                 loss = loss / (count / world_size) if number < count else loss * 0.0 # a rank without its share idles
                 loss = loss * (1 + 0 * loss.detach()) # an infinite loss can have a finite gradient: make it nan on all ranks
             scaler.scale(loss).backward()

@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
+from data.lines import find_starts, mask_targets
+
 
 def mix(x):
     """splitmix64's finaliser: uint64 array -> well-mixed uint64 array (Steele et al. 2014)."""
@@ -65,9 +67,10 @@ def deal(iteration, most, warmup_iters, rank, world_size):
 class Loader:
     """One split's tokens, a .bin file of uint16, cut into training batches and fixed validation windows."""
 
-    def __init__(self, path, block_size, batch_size, vocab_size, seed=1337):
+    def __init__(self, path, block_size, batch_size, vocab_size, seed=1337, lines=None):
         """
         block_size, batch_size: the shape of a batch is (batch_size, block_size)
+        lines: a data.lines.Lines, which says what targets count and where windows may begin; None: all, anywhere
         vocab_size: ids at or beyond it raise a ValueError; so do a missing file and one that is too short
         """
         folder = os.path.dirname(path)
@@ -80,7 +83,15 @@ class Loader:
         self.path, self.block_size, self.batch_size, self.vocab_size, self.seed = path, block_size, batch_size, vocab_size, seed
         self.tokens = np.memmap(path, dtype=np.uint16, mode='r')
         self.windows = np.lib.stride_tricks.sliding_window_view(self.tokens, block_size + 1)  # (N - T, T + 1), a view
-        self.check(self.tokens[:50_000_000])  # the rest is checked batch by batch
+        self.check(self.tokens if lines else self.tokens[:50_000_000])  # the rest is checked batch by batch
+        self.lines = lines
+        self.starts = find_starts(self.tokens, lines, block_size) if lines and lines.align else None
+        self.targets = batch_size * block_size # how many of a batch count, on average
+        if lines and lines.mark is not None:
+            share = (self.gather(self.train_starts(0, 4096))[1] >= 0).double().mean().item()
+            if not share:
+                raise ValueError(f'{path}: mask_before_token does not occur in 4096 windows, or nothing follows it, so no target counts')
+            self.targets *= share
 
     def check(self, ids):
         if ids.max() >= self.vocab_size:
@@ -88,20 +99,25 @@ class Loader:
                              f'was the dataset prepared with another tokenizer?')
 
     def gather(self, starts):
-        """Windows that begin at `starts` (B,): inputs and targets, int64 tensors of shape (B, T)."""
+        """Windows that begin at `starts` (B,): inputs and targets, int64 tensors of shape (B, T); a target of -1 does not count."""
         windows = self.windows[starts]
         self.check(windows)
-        windows = torch.from_numpy(windows.astype(np.int64))
-        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous() # a copy to the GPU that nobody waits for must be of one piece
+        X, Y = windows[:, :-1].astype(np.int64), windows[:, 1:].astype(np.int64) # copies of one piece each, as a GPU wants them
+        if self.lines and self.lines.mark is not None:
+            Y[~mask_targets(windows, self.lines)] = -1
+        return torch.from_numpy(X), torch.from_numpy(Y)
 
     def train_starts(self, first, rows):
         """
         Where the training windows number first ... first + rows - 1 of this run begin (rows,).
 
         An epoch is as many whole windows as fit side by side, shifted by a random phase that
-        changes with the epoch, so that the cuts between windows move.
+        changes with the epoch, so that the cuts between windows move. Windows that begin with
+        lines are as many lines apart as a window has on average.
         """
         N, T = len(self.tokens), self.block_size
+        if self.starts is not None:
+            N, T = len(self.starts) + 1, max(1, round(len(self.starts) * T / N)) # counted in lines
         per_epoch = max(1, (N - T) // T)
         number = np.arange(first, first + rows)
         starts = np.empty(rows, dtype=np.int64)
@@ -110,7 +126,7 @@ class Loader:
             key = self.seed * 1_000_003 + int(epoch)
             phase = permute([0], N - per_epoch * T, key)[0]
             starts[here] = permute(number[here] % per_epoch, per_epoch, key) * T + phase
-        return starts
+        return starts if self.starts is None else self.starts[starts]
 
     def train_batches(self, numbers, device):
         """
@@ -136,12 +152,15 @@ class Loader:
     def eval_batches(self, max_batches, rank, world_size, device):
         """
         This rank's share of the fixed windows that loss is measured on: the whole split, side by side,
-        when it fits in max_batches * batch_size windows, else that many spread evenly. All ranks get
+        when it fits in max_batches * batch_size windows, else that many spread evenly (so are those that
+        begin with lines). All ranks get
         equally many batches of the same shape; what fills them up has targets of -1, which do not count.
         """
         total = (len(self.tokens) - 1) // self.block_size
         count = min(total, max_batches * self.batch_size)
         starts = np.arange(count) * total // count * self.block_size
+        if self.starts is not None:
+            starts = self.starts[np.arange(count) * len(self.starts) // count]
         for b in range(0, count, world_size * self.batch_size):
             here = starts[b + rank * self.batch_size:][:self.batch_size]
             missing = self.batch_size - len(here)

@@ -38,6 +38,14 @@ def from_meta(meta):
     return Tokenizer(encode, lambda ids: ''.join(itos[i] for i in ids), meta['vocab_size'])
 
 
+def byte_counts(meta):
+    """How many bytes of UTF-8 each token id of a meta stands for, a list."""
+    if meta.get('tokenizer') == 'gpt2':
+        bpe = gpt2_encoding()
+        return [len(bpe.decode_single_token_bytes(i)) for i in range(bpe.n_vocab)]
+    return [len(meta['itos'][i].encode('utf-8', 'replace')) for i in range(meta['vocab_size'])]
+
+
 def char_meta(text):
     """A character vocabulary over all of `text`, in code point order."""
     chars = sorted(set(text))

@@ -357,7 +357,7 @@ def test_a_save_that_fails_leaves_the_old_pair(tmp_path, monkeypatch):
 @pytest.mark.parametrize('name', sorted(path.name for path in (ROOT / 'config').glob('*.py')))
 def test_every_config_loads(name, monkeypatch):
     monkeypatch.chdir(ROOT)
-    knobs = {**read_knobs('model.py:GPTConfig'), **read_knobs('train.py')}
+    knobs = {**read_knobs('model.py:GPTConfig'), **read_knobs('sample.py' if name.startswith('sample_') else 'train.py')}
     scope = {k.name: ast.literal_eval(k.default) for k in knobs.values()}
     assert run_file(f'config/{name}', scope, knobs, set())
 

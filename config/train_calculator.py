@@ -1,0 +1,35 @@
+# A GPT that computes: 2+4-8*10=-74.
+#   hardware   one GPU; on two CPU cores add config/cpu_lines.py before config/modern.py, ten minutes
+#   launch     python train.py config/train_calculator.py config/modern.py
+#   before     python data/calculator/prepare.py
+#   after      python eval.py --out_dir=out-calculator; python sample.py config/sample_calculator.py
+
+import os
+
+out_dir = 'out-calculator'
+wandb_project = 'lines'
+wandb_run_name = 'calculator'
+
+dataset = 'calculator'
+mask_before_token = '=' # only the answers are learned
+mask_per_line = True
+align_to_lines = True
+_processes = int(os.environ.get('WORLD_SIZE', 1)) # under torchrun they share the batch of 128 sequences
+gradient_accumulation_steps = _processes
+batch_size = 128 // _processes
+block_size = 64 # 128 * 64 = 8192 tokens per iteration; no line is longer
+
+# 3.2M parameters
+n_layer = 4
+n_head = 4
+n_embd = 256
+dropout = 0.0 # the data hardly repeat
+
+learning_rate = 5e-4
+max_iters = 18000
+lr_decay_iters = max_iters
+min_lr = 5e-5
+warmup_iters = 100
+eval_interval = 2250
+eval_iters = 20
+log_interval = 10

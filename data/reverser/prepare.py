@@ -1,0 +1,50 @@
+"""
+Strings and their reversals, hello world=dlrow olleh: input.txt, train.bin, val.bin and meta.pkl.
+
+    python data/reverser/prepare.py
+"""
+
+import os
+import string
+import sys
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
+
+from configurator import configure
+
+num_examples = 2000000 # lines, train and val together
+seed = 1337 # the same seed gives the same files
+if __name__ == '__main__':
+    configure(globals())
+
+import numpy as np
+
+from data.lines import write_lines
+
+ALPHABETS = string.ascii_lowercase, string.ascii_letters, string.ascii_letters + string.digits, string.ascii_lowercase
+NAMES = 'lower case', 'mixed case', 'letters and digits', 'with spaces'
+
+
+def make(rng, n):
+    """n strings of 3 to 25 characters, of the four kinds in equal shares, and their reversals (n, 25)."""
+    kind, length, place = rng.integers(4, size=n), rng.integers(3, 26, n), np.arange(25)
+    text = np.zeros((n, 25), dtype=np.uint8)
+    for k, alphabet in enumerate(ALPHABETS):
+        text[kind == k] = rng.choice(np.frombuffer(alphabet.encode(), np.uint8), ((kind == k).sum(), 25))
+    inner = (place > 0) & (place < length[:, None] - 1)
+    text[(rng.random((n, 25)) < 0.15) & inner & (kind == 3)[:, None]] = ord(' ')
+    text[place >= length[:, None]] = 0
+    back = np.take_along_axis(text, np.maximum(length[:, None] - 1 - place, 0), axis=1)
+    back[place >= length[:, None]] = 0
+    return text, back
+
+
+def kinds(question):
+    """[(column, kind)] under which eval.py counts this question."""
+    last = 3 if ' ' in question else 2 if any(map(str.isdigit, question)) else 0 if question.islower() else 1
+    return [('characters', f'{len(question):2d}'), ('kind', NAMES[last])]
+
+
+if __name__ == '__main__':
+    write_lines(HERE, make, num_examples, seed)

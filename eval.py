@@ -1,0 +1,145 @@
+"""
+Score a trained run, any checkpoint, or GPT-2: loss, perplexity and bits per byte, and for tasks on lines how many
+of them are answered right.
+
+$ python eval.py --out_dir=out-shakespeare-char
+$ python eval.py --out_dir=out-calculator --num_lines=1000
+$ torchrun --standalone --nproc_per_node=8 eval.py --init_from=gpt2-xl --dataset=openwebtext
+"""
+
+from configurator import at_least, configure
+
+# -----------------------------------------------------------------------------
+# what
+init_from = 'resume' # 'resume' (out_dir/best.pt, else ckpt.pt), a GPT-2 name, or a path to a checkpoint
+out_dir = 'out' # folder of the run to score
+dataset = '' # a folder of data/ that was prepared, '': the one that the run was trained on
+# how much
+eval_iters = 200 # batches for the loss of each split; the whole split when it has fewer
+batch_size = 16 # sequences per batch and process
+num_lines = 10000 # of tasks on lines: lines of the validation split to answer
+show_wrong = 10 # how many wrong answers to show
+# system
+device = 'auto' # 'cpu', 'cuda', 'cuda:1', 'mps'
+dtype = 'auto' # 'float32', 'bfloat16', 'float16'
+config, given = configure(globals(), also=('train.py', 'model.py:GPTConfig')) # a training recipe tells out_dir and device
+
+# -----------------------------------------------------------------------------
+import importlib.util
+import math
+import os
+
+import torch
+
+import checkpoint as ckpt
+import parallel
+from data.lines import LONGEST, read_lines, read_questions
+from data.loader import Loader
+from data.tokenizer import GPT2, byte_counts, check_meta, from_meta, load_meta
+from device import autocast, resolve, tune
+from runlog import say
+
+at_least(config, 1, 'eval_iters', 'batch_size')
+at_least(config, 0, 'num_lines', 'show_wrong')
+device, dtype, _ = resolve(device, 'auto' if dtype == 'fast' else dtype, False)
+tune(device)
+rank, world_size = parallel.start('auto', device, 600, int(os.environ.get('WORLD_SIZE', 1)))
+ctx = autocast(device, dtype)
+
+# -----------------------------------------------------------------------------
+# model, tokenizer and dataset
+source = ckpt.best(out_dir) if init_from == 'resume' else init_from
+model, loaded = ckpt.open_model(source)
+model.eval().to(device)
+trained = loaded.get('config', {})
+dataset = dataset or trained.get('dataset', '')
+if not dataset:
+    raise ValueError(f'{source} was not trained on a dataset of ours; name one: --dataset=...')
+data_dir = os.path.join('data', dataset)
+meta_path = os.path.join(data_dir, 'meta.pkl')
+meta = check_meta(loaded.get('meta') or (load_meta(meta_path) if os.path.exists(meta_path) else GPT2), source)
+if os.path.exists(meta_path) and load_meta(meta_path) != meta:
+    raise ValueError(f'{source}: the weights were trained with another vocabulary than that of {data_dir}')
+tokenizer = from_meta(meta)
+mark = trained.get('mask_before_token', '')
+lines = read_lines(meta, model.config.vocab_size, mark, trained.get('mask_per_line', True), trained.get('align_to_lines', False))
+say(f'{source}: {model.get_num_params() / 1e6:.2f}M parameters on {device}, {dtype}'
+    + (f', after {loaded["iter_num"]:,} iterations' if 'iter_num' in loaded else ''))
+
+# -----------------------------------------------------------------------------
+# loss
+bytes_of = torch.tensor(byte_counts(meta), device=device)
+for split in ('train', 'val'):
+    data = Loader(os.path.join(data_dir, f'{split}.bin'), model.config.block_size, batch_size, model.config.vocab_size, lines=lines)
+    num_bytes = torch.zeros((), dtype=torch.int64, device=device)
+
+    def batches():
+        """This rank's share of the windows; what they hold is counted on the way."""
+        for X, Y in data.eval_batches(eval_iters, rank, world_size, device):
+            num_bytes.add_(bytes_of[Y[Y >= 0]].sum())
+            yield X, Y
+
+    loss, count = parallel.mean_losses(model, ctx, device, batches())[0].tolist()
+    say(f'{split:<5} loss {loss:.4f}, perplexity {math.exp(loss):.3f}, {loss / math.log(2) * count / parallel.total(num_bytes).item():.4f} '
+        f'bits per byte, over {count:,.0f} tokens{" of answers" if mark else ""}')
+
+# -----------------------------------------------------------------------------
+# exact match of tasks on lines
+def answered_right(questions):
+    """
+    Which of these (question, answer), lists of token ids, greedy decoding would answer right (N,): it does when each
+    token of the answer is the likeliest after the right ones before it, so one pass through the model tells.
+    """
+    ids = torch.zeros(len(questions), max(len(q) + len(a) for q, a in questions), dtype=torch.int64)
+    asked = torch.ones_like(ids, dtype=torch.bool) # or behind the answer
+    for i, (q, a) in enumerate(questions):
+        ids[i, :len(q) + len(a)] = torch.tensor(q + a)
+        asked[i, len(q):len(q) + len(a)] = False
+    X, Y = ids[:, :-1].to(device), ids[:, 1:].to(device)
+    with ctx:
+        logits, _ = model(X, Y)
+    likeliest = logits[:, :, :tokenizer.vocab_size].argmax(dim=-1)
+    return ((likeliest == Y) | asked[:, 1:].to(device)).all(dim=1)
+
+def find_kinds(path):
+    """The function `kinds` in a dataset's prepare.py, which sorts its questions; sorted by length where there is none."""
+    if os.path.exists(path):
+        with open(path, encoding='utf-8') as f:
+            if 'def kinds(' in f.read(): # nobody's script is executed to find out
+                spec = importlib.util.spec_from_file_location('prepare', path)
+                module = importlib.util.module_from_spec(spec)
+                spec.loader.exec_module(module)
+                return module.kinds
+    return lambda question: [('characters', f'{len(question):2d}')]
+
+if mark and num_lines:
+    found = read_questions(os.path.join(data_dir, 'val.bin'), meta, mark, num_lines)
+    questions = [(q, a) for q, a in found if len(q) + len(a) <= model.config.block_size + 1]
+    left_out = f' ({len(found) - len(questions):,} longer than block_size left out)' if len(found) > len(questions) else ''
+    order = sorted(range(len(questions)), key=lambda i: sum(map(len, questions[i]))) # lines of one length together
+    right = torch.zeros(len(questions), dtype=torch.int64, device=device)
+    with torch.no_grad():
+        for b in range(rank * 256, len(order), world_size * 256):
+            right[order[b:b + 256]] = answered_right([questions[i] for i in order[b:b + 256]]).long()
+    right = parallel.total(right).tolist()
+
+    texts = [tokenizer.decode(q).removesuffix(mark) for q, _ in questions]
+    kinds, table = find_kinds(os.path.join(data_dir, 'prepare.py')), {}
+    for text, is_right in zip(texts, right):
+        for column, kind in [('all', ''), *kinds(text)]:
+            table.setdefault(column, {}).setdefault(kind, []).append(is_right)
+    say(f'\n{"exact match" + left_out:<64} {"lines":>8} {"right":>8}')
+    for column in table:
+        for kind, rights in sorted(table[column].items()):
+            say(f'{f"{column}: {kind}".removesuffix(": "):<64} {len(rights):>8,} {sum(rights) / len(rights):>8.2%}')
+
+    wrong = [i for i, is_right in enumerate(right) if not is_right][:show_wrong]
+    if wrong and rank == 0:
+        say(f'\n{"first wrong answers":<48} {"given":<24} right')
+        for i in wrong:
+            q, a = questions[i]
+            with ctx:
+                ids = model.generate(torch.tensor([q], device=device), LONGEST, 0, vocab_size=tokenizer.vocab_size,
+                                     stop=lambda new: new.size(1) and lines.newline[int(new[0, -1])])
+            say(f'{texts[i] + mark:<48} {tokenizer.decode(ids[0, len(q):].tolist()).rstrip():<24} {tokenizer.decode(a).rstrip()}')
+parallel.leave()
