@@ -1,21 +1,26 @@
 """
-How fast does this machine train? Times the step of train.py and sets it beside what the machine can do.
+How fast does this machine train, and write? Times the step of train.py, or the generation of sample.py, and sets it
+beside what the machine can do.
 
 $ python bench.py config/train_shakespeare_char.py config/cpu.py
 $ python bench.py config/train_gpt2.py --real_data=False
 $ python bench.py config/train_shakespeare_char.py --profile=True    # writes trace.json for chrome://tracing
 $ python bench.py config/train_shakespeare_char.py config/cpu.py --guards=True --steps=300    # what the safety of a run costs
+$ python bench.py --mode=generate    # GPT-2's size, random weights
 """
 
 from configurator import at_least, configure, one_of
 
 # -----------------------------------------------------------------------------
 # what to time
+mode = 'train' # or 'generate'
 steps = 20 # measured steps; the figures are medians over them
 warmup_steps = 5 # unmeasured ones before, compilation included
 real_data = True # False: random tokens, so that nothing need be prepared
 guards = False # True: also alternate steps with and without train.py's checks for bad gradients, signals, and its log
 profile = False # True: also write trace.json with torch's profiler
+prompt_tokens = 16 # to generate: tokens that are there before
+new_tokens = 64 # to generate: tokens to make
 # data
 dataset = 'openwebtext' # a folder of data/ that was prepared
 batch_size = 12 # sequences per step
@@ -52,12 +57,68 @@ from model import GPT, GPTConfig
 from parallel import any_rank
 from runlog import RunLog
 
-at_least(config, 1, 'steps')
-one_of(config, optimizer=('adamw', 'muon'))
+at_least(config, 1, 'steps', 'prompt_tokens', 'new_tokens')
+one_of(config, optimizer=('adamw', 'muon'), mode=('train', 'generate'))
 device, dtype, compile = resolve(device, dtype, compile)
 tune(device)
 torch.manual_seed(seed)
 ctx = autocast(device, dtype)
+
+def clock():
+    """Seconds, once the device has done all it was given."""
+    if device != 'cpu':
+        getattr(torch, device.partition(':')[0]).synchronize()
+    return time.perf_counter()
+
+# -----------------------------------------------------------------------------
+# generation: every token reads all weights once, so the speed of a matrix times a vector is its ceiling
+def matvec_bandwidth(n=8192, repeats=20):
+    """Bytes/s at which this machine multiplies a matrix that no cache holds by a vector."""
+    matrix, vector, seconds = torch.randn(n, n, device=device).to(DTYPES[dtype]), torch.randn(n, device=device).to(DTYPES[dtype]), []
+    for _ in range(repeats):
+        t = clock()
+        matrix @ vector
+        seconds.append(clock() - t)
+    return matrix.numel() * matrix.element_size() / statistics.median(seconds)
+
+def theirs():
+    """transformers' GPT-2 of the same shape with random weights, None for networks that are not GPT-2's."""
+    if pos != 'learned' or norm != 'layernorm' or activation != 'gelu':
+        return None
+    from transformers import GPT2Config, GPT2LMHeadModel
+    sizes = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, n_positions=block_size, vocab_size=vocab_size, bos_token_id=0, eos_token_id=None)
+    return GPT2LMHeadModel(GPT2Config(**sizes)).to(device, DTYPES[dtype]).eval()
+
+if mode == 'generate':
+    model = GPT(GPTConfig(**{name: globals()[name] for name in GPTConfig.__dataclass_fields__})).to(device, DTYPES[dtype]).eval()
+    prompt, other = torch.randint(vocab_size, (1, prompt_tokens), device=device), theirs()
+    count = lambda B: [len(tokens) for tokens in model.stream(prompt.tolist(), new_tokens, num_samples=B, temperature=0)]
+    rivals = {'flatgpt, batch 1': (1, lambda: count(1)), 'flatgpt, batch 16': (16, lambda: count(16)),
+              'recomputing the context, batch 1': (1, lambda: recompute()),
+              **({'transformers, batch 1': (1, lambda: other.generate(prompt, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0))} if other else {})}
+
+    @torch.inference_mode()
+    def recompute():
+        ids = prompt
+        for _ in range(new_tokens):
+            ids = torch.cat([ids, model(ids[:, -block_size:])[0][:, -1].argmax(-1, keepdim=True)], dim=1)
+
+    seconds, bandwidths = {name: [] for name in rivals}, []
+    for i in range(1 + steps): # all in turn; the first round warms up
+        bandwidths.append(matvec_bandwidth())
+        for name, (_, run) in rivals.items():
+            t = clock()
+            run()
+            seconds[name].append(clock() - t)
+    read = sum(p.numel() * p.element_size() for p in model.parameters()) - (0 if tie_embeddings else model.transformer.wte.weight.nbytes)
+    ceiling = statistics.median(bandwidths[1:]) / read
+    print(f'{model.get_num_params() / 1e6:.1f}M parameters on {device}, {dtype}; {prompt_tokens} tokens of prompt, {new_tokens} new ones, median of {steps}')
+    print(f'  {"ceiling of batch 1":<34} {ceiling:8.1f} tokens/s   (a matrix times a vector: {statistics.median(bandwidths[1:]) / 1e9:.1f} GB/s)')
+    for name, (B, _) in rivals.items():
+        speeds = sorted(B * new_tokens / each for each in seconds[name][1:])
+        speed = statistics.median(speeds)
+        print(f'  {name:<34} {speed:8.1f} tokens/s   ({speeds[0]:.1f} to {speeds[-1]:.1f})' + (f', {speed / ceiling:.0%} of the ceiling' if B == 1 else ''))
+    raise SystemExit
 
 # -----------------------------------------------------------------------------
 # data and model
@@ -80,12 +141,6 @@ if compile:
 
 # -----------------------------------------------------------------------------
 # the step, with a clock between its parts
-def clock():
-    """Seconds, once the device has done all it was given."""
-    if device != 'cpu':
-        getattr(torch, device.partition(':')[0]).synchronize()
-    return time.perf_counter()
-
 def step(guarded=False):
     """One training step: seconds of data, forward, backward, optimizer (in it most of the guards, as in train.py)."""
     global bad_in_row, clipped

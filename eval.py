@@ -139,7 +139,7 @@ if mark and num_lines:
         for i in wrong:
             q, a = questions[i]
             with ctx:
-                ids = model.generate(torch.tensor([q], device=device), LONGEST, 0, vocab_size=tokenizer.vocab_size,
-                                     stop=lambda new: new.size(1) and lines.newline[int(new[0, -1])])
-            say(f'{texts[i] + mark:<48} {tokenizer.decode(ids[0, len(q):].tolist()).rstrip():<24} {tokenizer.decode(a).rstrip()}')
+                new = [int(token) for token in model.stream([q], LONGEST, temperature=0, vocab_size=tokenizer.vocab_size,
+                                                            stop=lambda _, new: lines.newline[new[-1]])]
+            say(f'{texts[i] + mark:<48} {tokenizer.decode(new).rstrip():<24} {tokenizer.decode(a).rstrip()}')
 parallel.leave()

@@ -7,13 +7,14 @@ has proved itself since is a knob each, off by default; config/modern.py turns o
 import math
 import os
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ops import alibi_bias, dropout, relu2, rms_norm, rotary_table, rotate
+from ops import alibi_bias, alibi_slopes, dropout, relu2, rms_norm, rotary_table, rotate
 
 
 @dataclass
@@ -102,7 +103,7 @@ class CausalSelfAttention(nn.Module):
         self.dropout = config.dropout
         self.attn_dropout = config.dropout if config.attn_dropout is None else config.attn_dropout
 
-    def forward(self, x, table=None, bias=None):
+    def forward(self, x, table=None, bias=None, extend=None):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, self.n_head + 2 * self.n_kv_head, C // self.n_head).transpose(1, 2)
         qk, v = qkv.split((self.n_head + self.n_kv_head, self.n_kv_head), dim=1)
@@ -111,16 +112,18 @@ class CausalSelfAttention(nn.Module):
         if self.qk_norm:
             qk = rms_norm(qk)
         q, k = qk.split((self.n_head, self.n_kv_head), dim=1) # each (B, nh or n_kv_head, T, hs)
+        if extend is not None:
+            k, v = extend(k, v) # with those of the tokens before (B, n_kv_head, S, hs)
         if self.n_kv_head < self.n_head:
             k, v = (z.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for z in (k, v))
         p = self.attn_dropout if self.training else 0.0
-        if x.device.type == 'cpu' and (p > 0.0 or (q.dtype == torch.bfloat16 and T <= 512)):
+        if extend is None and x.device.type == 'cpu' and (p > 0.0 or (q.dtype == torch.bfloat16 and T <= 512)):
             # spelled out it is faster than torch's fallback for dropout, and than its flash kernel in bfloat16
             mask = torch.full((T, T), float('-inf')).triu(1) if bias is None else bias
             att = torch.softmax((q @ k.transpose(-2, -1)).float() / math.sqrt(q.size(-1)) + mask, dim=-1) # (B, nh, T, T)
             y = dropout(att, p, self.training).type_as(v) @ v
         else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=p, is_causal=bias is None) # (B, nh, T, hs)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=p, is_causal=bias is None and extend is None) # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C) # heads side by side
         return dropout(self.c_proj(y), self.dropout, self.training)
 
@@ -156,10 +159,50 @@ class Block(nn.Module):
         self.ln_2 = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, table=None, bias=None):
-        x = x + self.attn(self.ln_1(x), table, bias)
+    def forward(self, x, table=None, bias=None, extend=None):
+        x = x + self.attn(self.ln_1(x), table, bias, extend)
         x = x + self.mlp(self.ln_2(x))
         return x
+
+
+class KVCache:
+    """
+    The keys and values of B sequences' last `size` tokens, so that each is computed once. Memory is taken once; a token
+    beyond it overwrites the oldest. Sequences of unequal length stand flush right: the first pad[b] columns of sequence b are empty.
+    """
+
+    def __init__(self, size, pad):
+        self.size, self.pad, self.ragged, self.length, self.k, self.v = size, pad, bool(pad.any()), 0, None, None # length: columns so far
+
+    def begin(self, T, n_layer, n_head=None):
+        """
+        Room for T more columns (at most `size`): their numbers (T,), and what is to be added to their attention scores,
+        (B or 1, nh or 1, T, S) or None; with n_head, ALiBi's slopes too.
+        """
+        at = torch.arange(self.length, self.length + T, device=self.pad.device)
+        self.length += T
+        self.slots, self.n_layer, S = at % self.size, n_layer, min(self.size, self.length)
+        if T == 1 and not self.ragged and n_head is None:
+            return at, None # all that is held is seen
+        held = self.length - 1 - (self.length - 1 - torch.arange(S, device=at.device)) % self.size # column in each slot (S,)
+        distance = at[:, None] - held # (T, S)
+        seen = (distance >= 0) & (held >= self.pad[:, None, None]) | (distance == 0) # (B, T, S); empty ones see themselves, not nothing
+        bias = torch.zeros(seen.shape, device=at.device).masked_fill(~seen, float('-inf'))[:, None]
+        return at, bias if n_head is None else bias - alibi_slopes(n_head, at.device)[:, None, None] * distance
+
+    def extend(self, layer, k, v):
+        """Add a layer's k, v (B, n_kv_head, T, hs) of the columns begun; all that it holds of them, (B, n_kv_head, S, hs) each."""
+        if self.k is None:
+            B, n_kv_head, _, hs = k.shape
+            self.k, self.v = (k.new_zeros(self.n_layer, B, n_kv_head, self.size, hs) for _ in range(2))
+        self.k[layer][:, :, self.slots], self.v[layer][:, :, self.slots] = k, v
+        S = min(self.size, self.length)
+        return self.k[layer, :, :, :S], self.v[layer, :, :, :S]
+
+    def repeat(self, n):
+        """Each sequence n times."""
+        if n > 1:
+            self.k, self.v, self.pad = self.k.repeat_interleave(n, 1), self.v.repeat_interleave(n, 1), self.pad.repeat_interleave(n)
 
 
 class GPT(nn.Module):
@@ -200,9 +243,10 @@ class GPT(nn.Module):
         looked_up += [] if self.config.tie_embeddings else [self.transformer.wte.weight]
         return sum(p.numel() for p in self.parameters()) - non_embedding * sum(p.numel() for p in looked_up)
 
-    def forward(self, idx, targets=None):
+    def forward(self, idx, targets=None, cache=None):
         """
         idx, targets: (B, T) int64 token ids; targets of -1 do not count. T <= block_size with learned positions.
+        cache: a KVCache that holds what came before idx, and idx too from now on
 
         Returns (logits, loss): with targets the logits of every position (B, T, vocab_size) and the
         mean cross-entropy in nats; without, those of the last position only (B, 1, vocab_size) and None.
@@ -210,18 +254,22 @@ class GPT(nn.Module):
         B, T = idx.shape
         cfg, table, bias = self.config, None, None
         x = self.transformer.wte(idx) # (B, T, C)
+        at = torch.arange(T, device=idx.device)
+        if cache is not None:
+            at, bias = cache.begin(T, cfg.n_layer, cfg.n_head if cfg.pos == 'alibi' else None)
         if cfg.pos == 'learned':
             assert T <= cfg.block_size, f'sequence of {T} tokens, block_size is {cfg.block_size}'
-            x = x + self.transformer.wpe(torch.arange(T, device=idx.device))
+            x = x + self.transformer.wpe(at if cache is None else (at - cache.pad[:, None]).clamp_min(0))
         elif cfg.pos == 'rotary':
-            table = rotary_table(T, cfg.n_embd // cfg.n_head, idx.device)
-        elif cfg.pos == 'alibi':
+            table = rotary_table(at, cfg.n_embd // cfg.n_head) # a shift of all columns changes nothing
+        elif cfg.pos == 'alibi' and cache is None:
             bias = alibi_bias(T, cfg.n_head, idx.device).to(x.dtype)
         if cfg.embed_norm:
             x = self.transformer.ln_e(x)
         x = dropout(x, cfg.dropout, self.training)
-        for block in self.transformer.h:
-            x = checkpoint(block, x, table, bias, use_reentrant=False) if self.gradient_checkpointing and self.training else block(x, table, bias)
+        for i, block in enumerate(self.transformer.h):
+            extend = partial(cache.extend, i) if cache is not None else None
+            x = checkpoint(block, x, table, bias, use_reentrant=False) if self.gradient_checkpointing and self.training else block(x, table, bias, extend)
         x = self.transformer.ln_f(x)
         logits = self.lm_head(x if targets is not None else x[:, -1:])
         if cfg.logit_cap:
@@ -284,26 +332,86 @@ class GPT(nn.Module):
         flops_per_token = 6 * self.get_num_params() + 12 * cfg.n_layer * cfg.n_embd * cfg.block_size
         return flops_per_token * cfg.block_size * fwdbwd_per_iter / dt / peak_flops
 
-    @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, vocab_size=None, stop=None):
-        """
-        Continue idx (B, T) by up to max_new_tokens sampled tokens: (B, T + max_new_tokens).
+    def generate(self, idx, max_new_tokens, **options):
+        """Continue idx (B, T) by max_new_tokens tokens: (B, T + max_new_tokens). Options as for stream()."""
+        return torch.cat([idx, torch.stack(list(self.stream(idx.tolist(), max_new_tokens, **options)), dim=1)], dim=1)
 
-        temperature: 0 takes the most likely token; top_k: sample from so many most likely ones, None for all
-        vocab_size: ids from here on are padding of the embedding and never sampled
-        stop: called with the new tokens (B, n) after each step, whether that is enough
-        Contexts longer than block_size see their last block_size tokens.
+    @torch.inference_mode()
+    def stream(self, prompts, max_new_tokens, num_samples=1, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0,
+               repetition_penalty=1.0, seed=None, vocab_size=None, stop=None, cache=None):
         """
-        T = idx.size(1)
-        while idx.size(1) < T + max_new_tokens and not (stop and stop(idx[:, T:])):
-            logits, _ = self(idx[:, -self.config.block_size:])
-            logits = logits[:, -1, :vocab_size].float() # (B, V)
-            if temperature == 0:
-                idx_next = logits.argmax(dim=-1, keepdim=True)
-            else:
-                if top_k is not None:
-                    kth = torch.topk(logits, min(top_k, logits.size(-1))).values[:, -1:]
-                    logits = logits.masked_fill(logits < kth, float('-inf'))
-                idx_next = torch.multinomial(torch.softmax(logits / temperature, dim=-1), num_samples=1)
-            idx = torch.cat((idx, idx_next), dim=1)
-        return idx
+        Continue each of `prompts`, lists of token ids of any lengths, num_samples times, all in one batch: yields one tensor
+        (B,) a step, the next token of each sequence, those of the first prompt first, and -1 for sequences that have ended.
+
+        temperature, top_k, top_p, min_p, repetition_penalty: see pick()
+        seed: it, the prompt and the sample's number decide a text, not what else is in the batch; None: torch's generator decides
+        vocab_size: ids from here on are padding of the embedding and never sampled
+        stop: called with a sequence's number and its new tokens (a list) after each step, tells whether it ends there
+        cache: a KVCache of one sequence with the beginning of the prompt, from an earlier call; the rest is added to it
+        Prompts see their last block_size tokens. Beyond block_size learned positions recompute that window for every token,
+        as nanoGPT does; the others slide: what is kept of the last block_size tokens has itself seen tokens further back.
+        """
+        block_size, device, B = self.config.block_size, self.lm_head.weight.device, len(prompts) * num_samples
+        prompts = prompts if cache else [prompt[-block_size:] for prompt in prompts]
+        T = max(map(len, prompts))
+        ids = torch.tensor([[0] * (T - len(prompt)) + prompt for prompt in prompts], device=device)
+        pad = torch.tensor([T - len(prompt) for prompt in prompts], device=device)
+        cache = KVCache(min(block_size, T + max_new_tokens), pad) if cache is None else cache
+        logits, _ = self(ids[:, cache.length:], cache=cache) # all prompts at once, each once
+        cache.repeat(num_samples)
+        ids, logits, pad = (x.repeat_interleave(num_samples, 0) for x in (ids, logits, pad))
+        seed = int(torch.randint(2**31, ())) if seed is None else seed
+        counts, draws = {}, []
+        for prompt in (prompt for prompt in prompts for _ in range(num_samples)):
+            n = counts[tuple(prompt)] = counts.get(tuple(prompt), -1) + 1 # of this sample of this prompt
+            draws.append(torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed * 1_000_003 + n)))
+        draws = torch.stack(draws).to(device) # (B, max_new_tokens)
+        new, ended = [[] for _ in range(B)], [False] * B
+        for step in range(max_new_tokens):
+            before = ids if repetition_penalty != 1.0 else None
+            token = pick(logits[:, -1, :vocab_size].float(), draws[:, step], temperature, top_k, top_p, min_p, repetition_penalty, before, pad) # (B,)
+            yield token.masked_fill(torch.tensor(ended, device=device), -1) if any(ended) else token
+            if stop:
+                for b, t in enumerate(token.tolist()):
+                    if not ended[b]:
+                        new[b].append(t)
+                        ended[b] = bool(stop(b, new[b]))
+                if all(ended):
+                    return
+            ids = torch.cat((ids, token[:, None]), dim=1)
+            if step < max_new_tokens - 1:
+                window = ids[:, -1:]
+                if self.config.pos == 'learned' and cache.length == block_size: # no position is left for another token
+                    window = ids[:, -block_size:]
+                    cache = KVCache(block_size, (pad - ids.size(1) + block_size).clamp_min(0))
+                logits, _ = self(window, cache=cache)
+
+
+def pick(logits, draw, temperature, top_k, top_p, min_p, repetition_penalty, before, pad):
+    """
+    One token each (B,) for logits (B, V), by uniform random numbers `draw` (B,) in [0, 1).
+
+    temperature: divides the logits; 0 takes the most likely token
+    top_k: of so many most likely tokens only (None: all); top_p: of the fewest that together have this probability (Holtzman
+    et al. 2019); min_p: of those that have this share of the most likely one's probability (Nguyen et al. 2024)
+    repetition_penalty: divides positive logits of the tokens in `before` (B, T), from column pad (B,) on, and multiplies negative
+    ones (Keskar et al. 2019)
+    """
+    if before is not None:
+        there = torch.zeros(logits.size(0), logits.size(1) + 1, dtype=torch.bool, device=logits.device) # the last one: nothing
+        empty = torch.arange(before.size(1), device=before.device) < pad[:, None]
+        there.scatter_(1, before.masked_fill(empty, logits.size(1)), True)
+        logits = torch.where(there[:, :-1], torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty), logits)
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    probs = torch.softmax(logits / temperature, dim=-1)
+    if top_k is not None and top_k < probs.size(1):
+        probs = probs.masked_fill(probs < torch.topk(probs, top_k).values[:, -1:], 0.0)
+    if min_p > 0.0:
+        probs = probs.masked_fill(probs < min_p * probs.amax(dim=-1, keepdim=True), 0.0)
+    if top_p < 1.0:
+        best, order = probs.sort(dim=-1, descending=True)
+        outside = best.cumsum(-1) - best >= top_p * best.sum(-1, keepdim=True)
+        probs = probs.masked_fill(outside.scatter(1, order, outside), 0.0)
+    total = probs.cumsum(dim=-1)
+    return (total <= draw[:, None] * total[:, -1:]).sum(dim=-1).clamp_max(logits.size(1) - 1)

@@ -81,10 +81,10 @@ class ReLU2(torch.autograd.Function):
         return (grad * y).mul_(2)
 
 
-def rotary_table(T, hs, device):
-    """cos and sin by which positions 0 ... T - 1 turn the hs / 2 pairs (i, i + hs / 2) of a head, each (T, hs)."""
-    inv_freq = 10000.0 ** (-torch.arange(0, hs, 2, device=device) / hs) # Su et al. 2021, section 3.2.2
-    angles = torch.outer(torch.arange(T, device=device, dtype=torch.float32), inv_freq) # (T, hs / 2)
+def rotary_table(at, hs):
+    """cos and sin by which positions `at` (T,) turn the hs / 2 pairs (i, i + hs / 2) of a head, each (T, hs)."""
+    inv_freq = 10000.0 ** (-torch.arange(0, hs, 2, device=at.device) / hs) # Su et al. 2021, section 3.2.2
+    angles = torch.outer(at.float(), inv_freq) # (T, hs / 2)
     return torch.cat((angles.cos(), angles.cos()), 1), torch.cat((angles.sin(), -angles.sin()), 1)
 
 
@@ -108,8 +108,12 @@ class Rotation(torch.autograd.Function):
         return torch.addcmul(grad * cos, grad.roll(grad.size(-1) // 2, -1), sin, value=-1), None, None
 
 
+def alibi_slopes(n_head, device):
+    """How much each head's scores fall with distance (nh,), Press et al. 2021."""
+    return 2.0 ** (-8.0 * torch.arange(1, n_head + 1, device=device) / n_head)
+
+
 def alibi_bias(T, n_head, device):
-    """What ALiBi adds to attention scores, the causal mask included (nh, T, T): -slope * distance, Press et al. 2021."""
-    slopes = 2.0 ** (-8.0 * torch.arange(1, n_head + 1, device=device) / n_head)
+    """What ALiBi adds to attention scores, the causal mask included (nh, T, T): -slope * distance."""
     distance = torch.arange(T, device=device)[:, None] - torch.arange(T, device=device) # (T, T), queries down, keys across
-    return (-slopes[:, None, None] * distance).masked_fill(distance < 0, float('-inf'))
+    return (-alibi_slopes(n_head, device)[:, None, None] * distance).masked_fill(distance < 0, float('-inf'))

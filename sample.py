@@ -5,23 +5,32 @@ $ python sample.py --out_dir=out-shakespeare-char --start="ROMEO:"
 $ python sample.py --init_from=gpt2-xl --start="What is the answer to life?" --num_samples=5 --max_new_tokens=100
 $ python sample.py --start=FILE:prompt.txt
 $ python sample.py config/sample_calculator.py --start="2+4-8*10="
+$ python sample.py --start=LINES:prompts.txt --output=answers.jsonl
+$ python sample.py --out_dir=out-shakespeare-char --interactive=True
 """
 
-from configurator import configure
+from configurator import above, at_least, configure
 
 # -----------------------------------------------------------------------------
 # what from
 init_from = 'resume' # 'resume' (out_dir/best.pt, else ckpt.pt), a GPT-2 name, or a path to a checkpoint
 out_dir = 'out' # folder of the run to sample from
 # what
-start: str | list = '\n' # the prompt, or FILE:name to read it from a file, or several of these
+start: str | list = '\n' # the prompt, FILE:name for a file's text, LINES:name for a prompt a line, - for standard input, or a list of these
 num_samples = 10 # texts to draw for each prompt
 max_new_tokens = 500 # tokens in each
-stop_token_char = '' # end a text before this character, which must be one token
-stop: str | list = '' # end a text before this string, or the first of these
+interactive = False # True: read a prompt, go on with the text, read the next, as in a chat
+output = '' # a .jsonl file that the texts are written to, '' for the terminal
+batch_size = 64 # texts made at once
+# how
 temperature = 0.8 # below 1.0 less surprising, above it more, 0 always the most likely token
 top_k = 200 # draw from so many most likely tokens only, 0 for all
-seed = 1337 # the same seed gives the same texts
+top_p = 1.0 # draw from the fewest tokens that together have this probability
+min_p = 0.0 # draw from tokens that have this share of the most likely one's probability
+repetition_penalty = 1.0 # above 1.0 tokens that were there before become less likely
+stop_token_char = '' # end a text before this character, which must be one token
+stop: str | list = '' # end a text before this string, or the first of these
+seed = 1337 # the same seed and prompt give the same texts
 # system
 device = 'auto' # 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto' # 'float32', 'bfloat16', 'float16'
@@ -29,20 +38,21 @@ compile: bool | str = False # torch.compile: pays only for very long texts
 config, given = configure(globals(), also=('train.py', 'model.py:GPTConfig')) # a training recipe tells out_dir and device
 
 # -----------------------------------------------------------------------------
+import json
 import os
 import sys
+import time
 
 import torch
 
 import checkpoint as ckpt
-from data.tokenizer import GPT2, check_meta, from_meta, load_meta
+from data.tokenizer import GPT2, check_meta, from_meta, load_meta, write_whole
 from device import autocast, resolve, tune
+from model import KVCache
 
-for name in ('num_samples', 'max_new_tokens'):
-    if config[name] < 1:
-        raise ValueError(f'{name}={config[name]} must be at least 1')
-if temperature < 0 or top_k < 0:
-    raise ValueError(f'temperature={temperature} and top_k={top_k} must not be negative')
+at_least(config, 1, 'num_samples', 'max_new_tokens', 'batch_size')
+at_least(config, 0, 'temperature', 'top_k', 'min_p')
+above(config, 0, 'top_p', 'repetition_penalty')
 prompts = [start] if isinstance(start, str) else start
 stops = [stop] if isinstance(stop, str) else stop
 for name, texts in (('start', prompts), ('stop', stops)):
@@ -50,11 +60,12 @@ for name, texts in (('start', prompts), ('stop', stops)):
         raise ValueError(f'{name}={config[name]} must be a text or a list of texts')
 stops = [text for text in (stop_token_char, *stops) if text]
 for prompt in prompts:
-    if prompt.startswith('FILE:') and not os.path.isfile(prompt[5:]):
-        raise FileNotFoundError(f'prompt file {prompt[5:]} not found')
+    if prompt.startswith(('FILE:', 'LINES:')) and not os.path.isfile(prompt.partition(':')[2]):
+        raise FileNotFoundError(f'prompt file {prompt.partition(":")[2]} not found')
+if output and (interactive or not os.path.isdir(os.path.dirname(output) or '.')):
+    raise ValueError(f'output={output!r} needs a folder that is there, and no --interactive')
 device, dtype, compile = resolve(device, 'auto' if dtype == 'fast' else dtype, compile) # to convert all weights for each token is not
 tune(device)
-torch.manual_seed(seed)
 sys.stdout.reconfigure(errors='replace') # a Windows console cannot show every character
 
 # -----------------------------------------------------------------------------
@@ -74,34 +85,103 @@ tokenizer = from_meta(meta)
 
 # -----------------------------------------------------------------------------
 # text in
-def encode_prompt(text):
-    """Token ids of a prompt, or of the file that it names."""
-    if text.startswith('FILE:'):
-        path = text[5:]
-        try:
-            with open(path, encoding='utf-8') as f:
-                text = f.read()
-        except UnicodeDecodeError as e:
-            raise ValueError(f'prompt file {path} is not UTF-8 text: {e.reason} at byte {e.start}') from e
-    ids = tokenizer.encode(text)
-    if not ids:
-        raise ValueError('the prompt is empty; give at least one character: --start=...')
-    return ids
+def read_prompts(text):
+    """The prompts that an entry of `start` stands for."""
+    kind, _, path = text.partition(':')
+    if text == '-':
+        return [sys.stdin.read()]
+    if kind not in ('FILE', 'LINES'):
+        return [text]
+    try:
+        with open(path, encoding='utf-8') as f:
+            return f.read().splitlines() if kind == 'LINES' else [f.read()]
+    except UnicodeDecodeError as e:
+        raise ValueError(f'prompt file {path} is not UTF-8 text: {e.reason} at byte {e.start}') from e
 
 if stop_token_char and len(tokenizer.encode(stop_token_char)) != 1:
     raise ValueError(f'stop_token_char={stop_token_char!r} is {len(tokenizer.encode(stop_token_char))} tokens; --stop takes any string')
-prompts = [encode_prompt(prompt) for prompt in prompts] # all of them before the first is sampled
+prompts = [text for prompt in prompts for text in read_prompts(prompt)]
+ids = [tokenizer.encode(prompt) for prompt in prompts] # all of them before the first is sampled
+if not all(ids) or not ids:
+    raise ValueError('the prompt is empty; give at least one character: --start=...')
+options = dict(temperature=temperature, top_k=top_k or None, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
+               seed=seed, vocab_size=tokenizer.vocab_size)
 
+# -----------------------------------------------------------------------------
 # text out
-def stopped(new):
-    """Whether each of the continuations (B, n) holds a stop."""
-    return all(any(s in tokenizer.decode(row) for s in stops) for row in new.tolist())
+def so_far(new, ended):
+    """The text of new tokens as far as it may be shown: no stop, nothing that may become one, no part of a character."""
+    text = tokenizer.decode(new)
+    ends = [text.find(s) for s in stops if s in text]
+    if ends or ended:
+        return text[:min(ends, default=None)]
+    text = text.rstrip('\ufffd')
+    begun = max([n for s in stops for n in range(1, len(s)) if text.endswith(s[:n])], default=0)
+    return text[:len(text) - begun]
 
-for ids in prompts:
-    idx = torch.tensor([ids] * num_samples, device=device) # all samples of a prompt in one batch
+def sample(ids, num_samples=1, cache=None, show=lambda text: None):
+    """
+    The texts that continue each of `ids`, lists of token ids, num_samples times: lists of new token ids, made in one batch.
+    show() gets them piece by piece as they grow, one after the other, with what stands before and between them.
+    """
+    new, ended, current, shown = [[] for _ in range(len(ids) * num_samples)], set(), 0, None
+
+    def stop(b, tokens):
+        if any(s in tokenizer.decode(tokens[-4 * max(map(len, stops)):]) for s in stops): # 4 bytes a character at most
+            ended.add(b)
+        return b in ended
+
+    def show_on():
+        nonlocal current, shown
+        while current < len(new):
+            if shown is None:
+                show('' if cache else tokenizer.decode(ids[current // num_samples]))
+            text, shown = so_far(new[current], current in ended), shown or 0
+            show(text[shown:])
+            shown = len(text)
+            if current not in ended:
+                return
+            show('\n' if cache else '\n---------------\n')
+            current, shown = current + 1, None
+
+    show_on()
     with autocast(device, dtype):
-        samples = model.generate(idx, max_new_tokens, temperature, top_k or None, tokenizer.vocab_size, stopped if stops else None)
-    for sample in samples[:, len(ids):].tolist():
-        text = tokenizer.decode(sample)
-        print(tokenizer.decode(ids) + text[:min([text.find(s) for s in stops if s in text], default=None)])
-        print('---------------')
+        for tokens in model.stream(ids, max_new_tokens, num_samples, stop=stop if stops else None, cache=cache, **options):
+            for sequence, token in zip(new, tokens.tolist()):
+                sequence += [token] if token >= 0 else []
+            show_on()
+    ended.update(range(len(new)))
+    show_on()
+    return new
+
+def terminal(text):
+    """Show text at once, whether or not the line is complete."""
+    print(text, end='', flush=True)
+
+began, made = time.perf_counter(), 0
+if interactive: # a text that goes on and on; what was said is not computed again
+    context, cache = [], None
+    while True:
+        try:
+            line = input('> ')
+        except (EOFError, KeyboardInterrupt):
+            break
+        separator = '\n' if context and not tokenizer.decode(context).endswith('\n') else ''
+        context += tokenizer.encode(separator + line)
+        size = model.config.block_size
+        full = cache is None or len(context) - (0 if model.config.pos == 'learned' else cache.length) > size
+        if full: # learned positions have an end: what is far back is forgotten
+            context, cache = context[-size // 2:], KVCache(size, torch.zeros(1, dtype=torch.int64, device=device))
+        if context:
+            context += sample([context], cache=cache, show=terminal)[0]
+else:
+    rows = []
+    for first in range(0, len(ids), max(1, batch_size // num_samples)):
+        here = slice(first, first + max(1, batch_size // num_samples))
+        new = sample(ids[here], num_samples, show=(lambda text: None) if output else terminal)
+        made += sum(map(len, new))
+        rows += [dict(prompt=prompts[first + b // num_samples], text=so_far(tokens, True)) for b, tokens in enumerate(new)]
+    if output:
+        write_whole(output, lambda f: f.write(''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows).encode()))
+    seconds = time.perf_counter() - began
+    print(f'{made:,} tokens in {seconds:.1f} s, {made / seconds:,.0f} tokens/s' + (f', written to {output}' if output else ''), file=sys.stderr)

@@ -24,3 +24,10 @@ def test_a_recipe_tells_the_sizes(project):
 
 def test_a_missing_dataset_is_one_line(project):
     assert 'python data/poems/prepare.py' in project.error('bench.py', *SMALL, '--dataset=poems')
+
+
+def test_generation_is_timed_beside_its_ceiling_and_transformers(project):
+    out = project.run('bench.py', *SMALL, '--mode=generate', '--new_tokens=3', '--prompt_tokens=4', '--vocab_size=100', '--bias=True').stdout
+    for row in ('ceiling of batch 1', 'flatgpt, batch 1 ', 'flatgpt, batch 16', 'recomputing the context', 'transformers, batch 1'):
+        assert row in out
+    assert 'transformers' not in project.run('bench.py', *SMALL, '--mode=generate', '--new_tokens=3', '--prompt_tokens=4', '--pos=rotary').stdout

@@ -1,8 +1,12 @@
+import json
 import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 
-from conftest import Project, write_dataset
+from conftest import ROOT, TINY, Project, write_dataset
 from test_train import nanogpt_checkpoint
 
 FLAGS = ['--device=cpu', '--num_samples=2', '--max_new_tokens=20']
@@ -57,3 +61,45 @@ def test_bad_input_is_one_line(project, trained, flags, message):
     if not (project.path / 'out-lost').exists():
         nanogpt_checkpoint(project.path / 'out-lost', dataset='lost')
     assert message in project.error('sample.py', *FLAGS, f'--out_dir={trained[0]}', *flags)
+
+
+def test_a_prompt_may_come_from_standard_input_and_lines_of_a_file_go_to_jsonl(project, trained, tmp_path):
+    done = subprocess.run([sys.executable, 'sample.py', *FLAGS, f'--out_dir={trained[0]}', '--start=-'], cwd=project.path, input='to be', text=True, capture_output=True)
+    assert done.stdout.startswith('to be') and 'tokens/s' in done.stderr
+    (tmp_path / 'prompts.txt').write_text('to be\nor not\nthat\n')
+    flags = [*FLAGS, f'--out_dir={trained[0]}', f'--start=LINES:{tmp_path}/prompts.txt', f'--output={tmp_path}/texts.jsonl', '--stop=e']
+    for batch_size in (1, 64):
+        assert project.run('sample.py', *flags, f'--batch_size={batch_size}').stdout == ''
+        rows = [json.loads(line) for line in (tmp_path / 'texts.jsonl').read_text(encoding='utf-8').splitlines()]
+        assert [row['prompt'] for row in rows] == ['to be'] * 2 + ['or not'] * 2 + ['that'] * 2 and all('e' not in row['text'] for row in rows)
+        first = rows if batch_size == 1 else first
+    assert rows == first # the same texts in batches of any size
+    assert 'needs a folder that is there' in project.error('sample.py', *flags, '--output=nowhere/texts.jsonl')
+
+
+def test_texts_are_the_same_alone_and_together(project, trained):
+    sample = lambda start, n: project.run('sample.py', '--device=cpu', f'--out_dir={trained[0]}', f'--start={start}', f'--num_samples={n}', '--max_new_tokens=30').stdout
+    assert sample('to be', 1) + sample('or', 1) == ''.join(sample("['to be', 'or']", 1)) and sample('to be', 3).startswith(sample('to be', 1))
+
+
+@pytest.mark.parametrize('flags', [[], ['--pos=rotary']])
+def test_a_chat_goes_on_from_what_was_said(project, flags):
+    project.run('train.py', *TINY, *flags, '--max_iters=2', '--out_dir=out-chat')
+    done = subprocess.run([sys.executable, 'sample.py', '--device=cpu', '--out_dir=out-chat', '--interactive=True', '--max_new_tokens=7', '--temperature=0'],
+                          cwd=project.path, input='to be\nor not\n\nthat is the question to be or not\n', text=True, capture_output=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert len(done.stdout.split('> ')) == 6 and all(len(said.rstrip('\n')) <= 7 for said in done.stdout.split('> '))
+
+
+def test_streamed_text_has_whole_characters_and_no_beginnings_of_stops():
+    """The function of sample.py by itself, on a tokenizer of bytes."""
+    source = (ROOT / 'sample.py').read_text(encoding='utf-8')
+    code = source[source.index('def so_far'):source.index('def sample(')]
+    scope = {'tokenizer': SimpleNamespace(decode=lambda ids: bytes(ids).decode('utf-8', 'replace')), 'stops': ['END', 'Ex']}
+    exec(code, scope)
+    so_far = scope['so_far']
+    for text, want in (('aé', 'aé'), ('aEN', 'a'), ('aENd', 'aENd'), ('abEND!', 'ab'), ('aE', 'a'), ('Ex', '')):
+        assert so_far(list(text.encode()), False) == want
+    assert so_far(list('aé'.encode())[:-1], False) == 'a' and so_far(list('aEN'.encode()), True) == 'aEN'
+    shown = [so_far(list('Grüße, ENDE'.encode())[:n], False) for n in range(13)]
+    assert all(later.startswith(earlier) for earlier, later in zip(shown, shown[1:])) and shown[-1] == 'Grüße, '

@@ -1,0 +1,165 @@
+import pytest
+import torch
+
+from model import GPT, GPTConfig, KVCache, pick
+
+KNOBS = [dict(), dict(pos='rotary'), dict(pos='alibi'), dict(pos='none'), dict(n_kv_head=2), dict(n_kv_head=1, pos='rotary', qk_norm=True),
+         dict(tie_embeddings=False, pos='alibi', n_kv_head=2), dict(pos='rotary', norm='rmsnorm', activation='relu2', qk_norm=True,
+         tie_embeddings=False, embed_norm=True, logit_cap=15.0)]
+SMALL = dict(block_size=16, vocab_size=29, n_layer=2, n_head=4, n_embd=32)
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+def random_model(**knobs):
+    torch.manual_seed(1)
+    model = GPT(GPTConfig(**{**SMALL, **knobs})).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+def windows(model, prompt, n, **options):
+    """Tokens and log-probabilities by recomputing the last block_size tokens for each new one, as nanoGPT does."""
+    ids, logprobs = list(prompt), []
+    for _ in range(n):
+        logits = model(torch.tensor([ids[-model.config.block_size:]]))[0][0, -1]
+        logprobs.append(torch.log_softmax(logits, -1))
+        ids.append(int(logits.argmax()))
+    return ids[len(prompt):], torch.stack(logprobs)
+
+
+@pytest.mark.parametrize('knobs', KNOBS)
+def test_log_probabilities_with_the_cache_equal_those_without(knobs):
+    """For every prompt length from 1 to block_size, in one batch and alone, token by token up to block_size."""
+    model = random_model(**knobs)
+    prompts = [torch.randint(29, (n,)).tolist() for n in range(1, 17)]
+    for batch in (prompts, *[[prompt] for prompt in prompts[::5]]):
+        T = max(map(len, batch))
+        pad = torch.tensor([T - len(prompt) for prompt in batch])
+        cache = KVCache(32, pad)
+        sequences = [list(prompt) for prompt in batch]
+        logits = model(torch.tensor([[0] * (T - len(prompt)) + prompt for prompt in batch]), cache=cache)[0][:, -1]
+        for step in range(4):
+            for b, sequence in enumerate(sequences):
+                if len(sequence) <= 16:
+                    want = model(torch.tensor([sequence]))[0][0, -1]
+                    torch.testing.assert_close(torch.log_softmax(logits[b], -1), torch.log_softmax(want, -1), rtol=0, atol=1e-5)
+            token = torch.randint(29, (len(batch), 1))
+            for sequence, t in zip(sequences, token.flatten().tolist()):
+                sequence.append(t)
+            if knobs.get('pos', 'learned') == 'learned' and max(map(len, sequences)) > 16:
+                break
+            logits = model(token, cache=cache)[0][:, -1]
+
+
+@pytest.mark.parametrize('knobs', KNOBS)
+def test_greedy_tokens_are_those_without_a_cache(knobs):
+    model = random_model(**knobs)
+    prompts = [torch.randint(29, (n,)).tolist() for n in (1, 3, 8, 12)]
+    want = [windows(model, prompt, 4)[0] for prompt in prompts]
+    got = torch.stack(list(model.stream(prompts, 4, temperature=0)), dim=1).tolist()
+    assert got == want
+    assert [torch.stack(list(model.stream([prompt], 4, temperature=0)), dim=1)[0].tolist() for prompt in prompts] == want
+
+
+def test_learned_positions_beyond_block_size_equal_nanogpts_window():
+    model = random_model()
+    prompts = [torch.randint(29, (n,)).tolist() for n in (2, 9, 16, 40)]
+    want = [windows(model, prompt, 30)[0] for prompt in prompts]
+    for batch in (prompts, *[[prompt] for prompt in prompts]):
+        got = torch.stack(list(model.stream(batch, 30, temperature=0)), dim=1).tolist()
+        assert got == [want[prompts.index(prompt)] for prompt in batch]
+
+
+@pytest.mark.parametrize('pos', ['rotary', 'alibi', 'none'])
+def test_other_positions_slide_beyond_block_size(pos):
+    """Equal to one pass over everything in which each token sees the block_size columns up to its own."""
+    model = random_model(pos=pos)
+    prompt = torch.randint(29, (5,)).tolist()
+    got = torch.stack(list(model.stream([prompt], 40, temperature=0)), dim=1)[0].tolist()
+    ids = torch.tensor([prompt + got])
+    T = ids.size(1)
+    distance = torch.arange(T)[:, None] - torch.arange(T)
+    band = torch.zeros(T, T).masked_fill((distance < 0) | (distance >= 16), float('-inf'))
+
+    class Everything(KVCache):
+        def begin(self, T, n_layer, n_head=None):
+            at, bias = super().begin(T, n_layer, n_head)
+            return at, (0.0 if bias is None else bias) + band
+    logits = model(ids, ids, cache=Everything(T, torch.tensor([0])))[0][0]
+    assert logits[4:-1].argmax(-1).tolist() == got
+
+
+def test_samples_do_not_depend_on_what_else_is_in_the_batch():
+    model = random_model(pos='rotary')
+    prompts = [torch.randint(29, (n,)).tolist() for n in (4, 7, 2)]
+    run = lambda prompts, samples, **options: torch.stack(list(model.stream(prompts, 12, num_samples=samples, **options)), 1).tolist()
+    together = run(prompts, 5, seed=3)
+    for i, prompt in enumerate(prompts):
+        assert run([prompt], 5, seed=3) == together[5 * i:5 * i + 5]
+        assert run([prompt], 2, seed=3) == together[5 * i:5 * i + 2]
+    assert run(prompts, 5, seed=3) == together != run(prompts, 5, seed=4)
+    assert len({tuple(row) for row in together[:5]}) == 5
+    assert run(prompts[:1] * 2, 2, seed=3) == together[:4] # the same prompt again: the next samples
+
+
+def test_each_sequence_stops_by_itself():
+    model = random_model(pos='alibi')
+    prompts = [torch.randint(29, (n,)).tolist() for n in (4, 7)]
+    free = torch.stack(list(model.stream(prompts, 12, seed=1)), 1)
+    seen = {0: [], 1: []}
+
+    def stop(b, new):
+        seen[b] = list(new)
+        return len(new) == (3, 6)[b]
+    got = torch.stack(list(model.stream(prompts, 12, seed=1, stop=stop)), 1)
+    assert got.shape == (2, 6) and got[0].tolist() == free[0, :3].tolist() + [-1] * 3 and torch.equal(got[1], free[1, :6])
+    assert seen == {0: free[0, :3].tolist(), 1: free[1, :6].tolist()}
+
+
+def by_hand(logits, temperature, top_k, top_p, min_p):
+    """The probabilities that are left, one token after the other."""
+    probs = torch.softmax(logits / temperature, -1)
+    order = probs.argsort(descending=True).tolist()
+    kept, mass = [], 0.0
+    left = [t for n, t in enumerate(order) if (top_k is None or n < top_k) and probs[t] >= min_p * probs[order[0]]]
+    whole = sum(probs[t].item() for t in left)
+    for t in left:
+        if mass < top_p * whole:
+            kept.append(t)
+        mass += probs[t].item()
+    out = torch.zeros_like(probs)
+    out[kept] = probs[kept]
+    return out / out.sum()
+
+
+@pytest.mark.parametrize('options', [dict(), dict(temperature=0.5), dict(top_k=5), dict(top_p=0.7), dict(min_p=0.2), dict(top_k=9, top_p=0.8, min_p=0.05, temperature=1.4)])
+def test_draws_follow_the_probabilities_that_are_left(options):
+    torch.manual_seed(2)
+    logits = torch.randn(1, 29) * 2
+    options = {**dict(temperature=1.0, top_k=None, top_p=1.0, min_p=0.0), **options}
+    draws = (torch.arange(20000) + 0.5) / 20000 # every quantile once
+    tokens = pick(logits.expand(20000, -1), draws, repetition_penalty=1.0, before=None, pad=None, **options)
+    want = by_hand(logits[0], **options)
+    assert (torch.bincount(tokens, minlength=29) / 20000 - want).abs().max() < 2e-4
+
+
+def test_a_token_of_no_probability_is_never_drawn():
+    logits = torch.tensor([[float('-inf'), 0.0, float('-inf'), 0.0, float('-inf')]])
+    for draw, want in ((0.0, 1), (0.49, 1), (0.51, 3), (1 - 2**-24, 3)):
+        assert pick(logits, torch.tensor([draw]), 1.0, None, 1.0, 0.0, 1.0, None, None).item() == want
+
+
+def test_repetition_is_penalised_as_in_transformers():
+    from transformers import RepetitionPenaltyLogitsProcessor
+    torch.manual_seed(3)
+    logits, before = torch.randn(4, 29), torch.randint(29, (4, 6))
+    want = RepetitionPenaltyLogitsProcessor(1.7)(before, logits.clone()).argmax(-1)
+    assert torch.equal(pick(logits, torch.zeros(4), 0, None, 1.0, 0.0, 1.7, before, torch.zeros(4, dtype=torch.long)), want)
+    pad = torch.tensor([6, 0, 0, 0]) # nothing came before the first
+    assert pick(logits, torch.zeros(4), 0, None, 1.0, 0.0, 1e9, before, pad)[0] == logits[0].argmax()
