@@ -9,7 +9,7 @@ $ python bench.py config/train_shakespeare_char.py config/cpu.py --guards=True -
 $ python bench.py --mode=generate    # GPT-2's size, random weights
 """
 
-from configurator import at_least, configure, one_of
+from configurator import at_least, configure, one_of, read_knobs
 
 # -----------------------------------------------------------------------------
 # what to time
@@ -74,25 +74,28 @@ def clock():
 # generation: every token reads all weights once, so the speed of a matrix times a vector is its ceiling
 def matvec_bandwidth(n=8192, repeats=20):
     """Bytes/s at which this machine multiplies a matrix that no cache holds by a vector."""
-    matrix, vector, seconds = torch.randn(n, n, device=device).to(DTYPES[dtype]), torch.randn(n, device=device).to(DTYPES[dtype]), []
-    for _ in range(repeats):
-        t = clock()
+    matrix, vector = torch.randn(n, n, device=device).to(DTYPES[dtype]), torch.randn(n, device=device).to(DTYPES[dtype])
+    t = clock()
+    for _ in range(repeats): # a GPU is asked for the time once
         matrix @ vector
-        seconds.append(clock() - t)
-    return matrix.numel() * matrix.element_size() / statistics.median(seconds)
+    return repeats * matrix.nbytes / (clock() - t)
 
 def theirs():
-    """transformers' GPT-2 of the same shape with random weights, None for networks that are not GPT-2's."""
-    if pos != 'learned' or norm != 'layernorm' or activation != 'gelu':
+    """transformers' GPT-2 of the same shape with random weights, None for networks that are not GPT-2's (but for biases)."""
+    plain = read_knobs('model.py:GPTConfig')
+    if any(repr(globals()[name]) != plain[name].default for name in
+           ('pos', 'norm', 'activation', 'qk_norm', 'tie_embeddings', 'embed_norm', 'logit_cap', 'n_kv_head')):
         return None
     from transformers import GPT2Config, GPT2LMHeadModel
     sizes = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, n_positions=block_size, vocab_size=vocab_size, bos_token_id=0, eos_token_id=None)
     return GPT2LMHeadModel(GPT2Config(**sizes)).to(device, DTYPES[dtype]).eval()
 
 if mode == 'generate':
+    if prompt_tokens + new_tokens > block_size:
+        raise ValueError(f'prompt_tokens={prompt_tokens} and new_tokens={new_tokens} do not fit block_size={block_size}')
     model = GPT(GPTConfig(**{name: globals()[name] for name in GPTConfig.__dataclass_fields__})).to(device, DTYPES[dtype]).eval()
     prompt, other = torch.randint(vocab_size, (1, prompt_tokens), device=device), theirs()
-    count = lambda B: [len(tokens) for tokens in model.stream(prompt.tolist(), new_tokens, num_samples=B, temperature=0)]
+    count = lambda B: [len(tokens) for tokens in model.stream(prompt.tolist(), new_tokens, range(B), temperature=0)]
     rivals = {'flatgpt, batch 1': (1, lambda: count(1)), 'flatgpt, batch 16': (16, lambda: count(16)),
               'recomputing the context, batch 1': (1, lambda: recompute()),
               **({'transformers, batch 1': (1, lambda: other.generate(prompt, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0))} if other else {})}
@@ -110,7 +113,7 @@ if mode == 'generate':
             t = clock()
             run()
             seconds[name].append(clock() - t)
-    read = sum(p.numel() * p.element_size() for p in model.parameters()) - (0 if tie_embeddings else model.transformer.wte.weight.nbytes)
+    read = model.get_num_params() * DTYPES[dtype].itemsize
     ceiling = statistics.median(bandwidths[1:]) / read
     print(f'{model.get_num_params() / 1e6:.1f}M parameters on {device}, {dtype}; {prompt_tokens} tokens of prompt, {new_tokens} new ones, median of {steps}')
     print(f'  {"ceiling of batch 1":<34} {ceiling:8.1f} tokens/s   (a matrix times a vector: {statistics.median(bandwidths[1:]) / 1e9:.1f} GB/s)')

@@ -46,14 +46,15 @@ def tell_torchrun(message):
             json.dump({'message': {'message': message, 'extraInfo': {'timestamp': str(int(time.time()))}}}, f)
 
 
-def configure(ns, model=None, also=()):
+def configure(ns, model=None, also=(), own=()):
     """
     Overwrite the knobs in `ns`, the calling script's globals(), from sys.argv.
 
     A knob is a global assigned above the call; its type is its default's, or its annotation's
     (`stop: str | None = None`). The fields of the dataclass that `model` names ('model.py:GPTConfig')
     are knobs too, where the script does not state its own. `also` names scripts, or such dataclasses,
-    whose knobs may stand in a config file and are passed over, so that sample.py can read a training recipe.
+    whose knobs may stand in a config file and are passed over, so that sample.py can read a training recipe;
+    of such a recipe the knobs in `own` are passed over too, which mean something else there.
 
     Returns (config, given): all knobs as a dict, and the set of names that a file or flag set.
     Every mistake of the user's ends in one line and exit code 2, here and (through
@@ -75,7 +76,7 @@ def configure(ns, model=None, also=()):
             settings = read_flag(arg, knobs)
         else:
             scope = {**passed_over, **{name: ns[name] for name in knobs}} # a file may reckon with what was said before it
-            settings = run_file(arg, scope, knobs, passed_over)
+            settings = run_file(arg, scope, knobs, passed_over, own)
             passed_over = {name: scope[name] for name in passed_over}
         for name, (value, where) in settings.items():
             ns[name] = fit(knobs[name], value, where)
@@ -95,6 +96,13 @@ def above(config, limit, *names):
     for name in names:
         if config[name] <= limit:
             raise ValueError(f'{name}={config[name]} must be more than {limit}')
+
+
+def at_most(config, limit, *names):
+    """Refuse knobs that are more than `limit`."""
+    for name in names:
+        if config[name] > limit:
+            raise ValueError(f'{name}={config[name]} must be at most {limit}')
 
 
 def below(config, limit, *names):
@@ -164,12 +172,12 @@ def read_flag(arg, knobs):
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             value = text
     # where text is allowed too, only what is plainly another of the knob's types is not text
-    if 'str' in knob.types and type(value).__name__.replace('NoneType', 'None') not in knob.types:
+    if 'str' in knob.types and (isinstance(value, str) or type(value).__name__.replace('NoneType', 'None') not in knob.types):
         value = text
     return {name: (value, arg)}
 
 
-def run_file(path, scope, knobs, passed_over):
+def run_file(path, scope, knobs, passed_over, own=()):
     """Execute a config file over the current knob values: {name: (value, where)} for what it assigned."""
     if not os.path.isfile(path):
         folder = os.path.dirname(path) or 'config'
@@ -193,7 +201,8 @@ def run_file(path, scope, knobs, passed_over):
             settings[name] = (scope[name], where)
         elif name in scope and not name.startswith('_') and name not in passed_over:
             fail(f'{where}: unknown knob {name!r}{did_you_mean(name, knobs)} (a helper of your own starts with _)')
-    return settings
+    foreign = any(node.id in passed_over for node in stored)
+    return {name: value for name, value in settings.items() if not (foreign and name in own)}
 
 
 def fit(knob, value, where):

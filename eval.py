@@ -22,7 +22,8 @@ show_wrong = 10 # how many wrong answers to show
 # system
 device = 'auto' # 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto' # 'float32', 'bfloat16', 'float16'
-config, given = configure(globals(), also=('train.py', 'model.py:GPTConfig')) # a training recipe tells out_dir and device
+config, given = configure(globals(), also=('train.py', 'model.py:GPTConfig'),
+                          own=('init_from', 'eval_iters', 'batch_size')) # a training recipe tells out_dir and device
 
 # -----------------------------------------------------------------------------
 import importlib.util
@@ -80,11 +81,13 @@ for split in ('train', 'val'):
             yield X, Y
 
     loss, count = parallel.mean_losses(model, ctx, device, batches())[0].tolist()
+    if not count:
+        raise ValueError(f'{data.path}: none of the targets in {eval_iters} batches count')
     say(f'{split:<5} loss {loss:.4f}, perplexity {math.exp(loss):.3f}, {loss / math.log(2) * count / parallel.total(num_bytes).item():.4f} '
         f'bits per byte, over {count:,.0f} tokens{" of answers" if mark else ""}')
 
 # -----------------------------------------------------------------------------
-# exact match of tasks on lines
+# exact match of tasks on lines: each line a question, the mark, an answer
 def answered_right(questions):
     """
     Which of these (question, answer), lists of token ids, greedy decoding would answer right (N,): it does when each
@@ -112,7 +115,7 @@ def find_kinds(path):
                 return module.kinds
     return lambda question: [('characters', f'{len(question):2d}')]
 
-if mark and num_lines:
+if mark and num_lines and lines.per_line and lines.newline.any():
     found = read_questions(os.path.join(data_dir, 'val.bin'), meta, mark, num_lines)
     questions = [(q, a) for q, a in found if len(q) + len(a) <= model.config.block_size + 1]
     left_out = f' ({len(found) - len(questions):,} longer than block_size left out)' if len(found) > len(questions) else ''

@@ -110,7 +110,7 @@ class CausalSelfAttention(nn.Module):
         if table is not None:
             qk = rotate(qk, *table)
         if self.qk_norm:
-            qk = rms_norm(qk)
+            qk = rms_norm(qk).type_as(v) # CUDA's autocast norms in float32
         q, k = qk.split((self.n_head, self.n_kv_head), dim=1) # each (B, nh or n_kv_head, T, hs)
         if extend is not None:
             k, v = extend(k, v) # with those of the tokens before (B, n_kv_head, S, hs)
@@ -174,11 +174,12 @@ class KVCache:
     def __init__(self, size, pad):
         self.size, self.pad, self.ragged, self.length, self.k, self.v = size, pad, bool(pad.any()), 0, None, None # length: columns so far
 
-    def begin(self, T, n_layer, n_head=None):
+    def begin(self, T, n_layer, dtype, n_head=None):
         """
-        Room for T more columns (at most `size`): their numbers (T,), and what is to be added to their attention scores,
-        (B or 1, nh or 1, T, S) or None; with n_head, ALiBi's slopes too.
+        Room for T more columns: their numbers (T,), and what is to be added to their attention scores, (B or 1, nh or 1, T, S)
+        in this dtype, or None; with n_head, ALiBi's slopes too. Columns that overwrite others come one at a time.
         """
+        assert T == 1 or self.length + T <= self.size, f'{T} columns at once after {self.length} do not fit {self.size}'
         at = torch.arange(self.length, self.length + T, device=self.pad.device)
         self.length += T
         self.slots, self.n_layer, S = at % self.size, n_layer, min(self.size, self.length)
@@ -188,7 +189,9 @@ class KVCache:
         distance = at[:, None] - held # (T, S)
         seen = (distance >= 0) & (held >= self.pad[:, None, None]) | (distance == 0) # (B, T, S); empty ones see themselves, not nothing
         bias = torch.zeros(seen.shape, device=at.device).masked_fill(~seen, float('-inf'))[:, None]
-        return at, bias if n_head is None else bias - alibi_slopes(n_head, at.device)[:, None, None] * distance
+        if n_head is not None:
+            bias = bias - alibi_slopes(n_head, at.device)[:, None, None] * distance
+        return at, bias.to(dtype)
 
     def extend(self, layer, k, v):
         """Add a layer's k, v (B, n_kv_head, T, hs) of the columns begun; all that it holds of them, (B, n_kv_head, S, hs) each."""
@@ -256,7 +259,7 @@ class GPT(nn.Module):
         x = self.transformer.wte(idx) # (B, T, C)
         at = torch.arange(T, device=idx.device)
         if cache is not None:
-            at, bias = cache.begin(T, cfg.n_layer, cfg.n_head if cfg.pos == 'alibi' else None)
+            at, bias = cache.begin(T, cfg.n_layer, x.dtype, cfg.n_head if cfg.pos == 'alibi' else None)
         if cfg.pos == 'learned':
             assert T <= cfg.block_size, f'sequence of {T} tokens, block_size is {cfg.block_size}'
             x = x + self.transformer.wpe(at if cache is None else (at - cache.pad[:, None]).clamp_min(0))
@@ -337,35 +340,35 @@ class GPT(nn.Module):
         return torch.cat([idx, torch.stack(list(self.stream(idx.tolist(), max_new_tokens, **options)), dim=1)], dim=1)
 
     @torch.inference_mode()
-    def stream(self, prompts, max_new_tokens, num_samples=1, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0,
+    def stream(self, prompts, max_new_tokens, samples=range(1), temperature=1.0, top_k=None, top_p=1.0, min_p=0.0,
                repetition_penalty=1.0, seed=None, vocab_size=None, stop=None, cache=None):
         """
-        Continue each of `prompts`, lists of token ids of any lengths, num_samples times, all in one batch: yields one tensor
-        (B,) a step, the next token of each sequence, those of the first prompt first, and -1 for sequences that have ended.
+        Continue each of `prompts`, lists of token ids of any lengths, once for each number in `samples`, all in one batch: yields
+        one tensor (B,) a step, the next token of each sequence, those of the first prompt first, and -1 for those that have ended.
 
         temperature, top_k, top_p, min_p, repetition_penalty: see pick()
-        seed: it, the prompt and the sample's number decide a text, not what else is in the batch; None: torch's generator decides
+        seed: it, the prompt and the number of the sample decide a text, whatever else is in the batch; None: torch's generator does
         vocab_size: ids from here on are padding of the embedding and never sampled
         stop: called with a sequence's number and its new tokens (a list) after each step, tells whether it ends there
         cache: a KVCache of one sequence with the beginning of the prompt, from an earlier call; the rest is added to it
         Prompts see their last block_size tokens. Beyond block_size learned positions recompute that window for every token,
         as nanoGPT does; the others slide: what is kept of the last block_size tokens has itself seen tokens further back.
         """
-        block_size, device, B = self.config.block_size, self.lm_head.weight.device, len(prompts) * num_samples
+        block_size, device, B = self.config.block_size, self.lm_head.weight.device, len(prompts) * len(samples)
         prompts = prompts if cache else [prompt[-block_size:] for prompt in prompts]
         T = max(map(len, prompts))
         ids = torch.tensor([[0] * (T - len(prompt)) + prompt for prompt in prompts], device=device)
         pad = torch.tensor([T - len(prompt) for prompt in prompts], device=device)
         cache = KVCache(min(block_size, T + max_new_tokens), pad) if cache is None else cache
-        logits, _ = self(ids[:, cache.length:], cache=cache) # all prompts at once, each once
-        cache.repeat(num_samples)
-        ids, logits, pad = (x.repeat_interleave(num_samples, 0) for x in (ids, logits, pad))
-        seed = int(torch.randint(2**31, ())) if seed is None else seed
-        counts, draws = {}, []
-        for prompt in (prompt for prompt in prompts for _ in range(num_samples)):
-            n = counts[tuple(prompt)] = counts.get(tuple(prompt), -1) + 1 # of this sample of this prompt
-            draws.append(torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed * 1_000_003 + n)))
-        draws = torch.stack(draws).to(device) # (B, max_new_tokens)
+        if cache.length < min(T, cache.size):
+            logits, _ = self(ids[:, cache.length:cache.size], cache=cache) # all prompts at once, each once
+        while cache.length < T: # of a text that goes on, what no longer fits
+            logits, _ = self(ids[:, cache.length:cache.length + 1], cache=cache)
+        cache.repeat(len(samples))
+        ids, logits, pad = (x.repeat_interleave(len(samples), 0) for x in (ids, logits, pad))
+        draws = torch.rand(B, max_new_tokens) if seed is None else torch.stack([
+            torch.rand(max_new_tokens, generator=torch.Generator().manual_seed((seed * 1_000_003 + n) % 2**63)) for _ in prompts for n in samples])
+        draws = draws.to(device)
         new, ended = [[] for _ in range(B)], [False] * B
         for step in range(max_new_tokens):
             before = ids if repetition_penalty != 1.0 else None
@@ -414,4 +417,4 @@ def pick(logits, draw, temperature, top_k, top_p, min_p, repetition_penalty, bef
         outside = best.cumsum(-1) - best >= top_p * best.sum(-1, keepdim=True)
         probs = probs.masked_fill(outside.scatter(1, order, outside), 0.0)
     total = probs.cumsum(dim=-1)
-    return (total <= draw[:, None] * total[:, -1:]).sum(dim=-1).clamp_max(logits.size(1) - 1)
+    return ((total > draw[:, None] * total[:, -1:]) & (probs > 0)).int().argmax(dim=-1) # the first one: the draw falls into its share

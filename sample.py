@@ -9,7 +9,7 @@ $ python sample.py --start=LINES:prompts.txt --output=answers.jsonl
 $ python sample.py --out_dir=out-shakespeare-char --interactive=True
 """
 
-from configurator import above, at_least, configure
+from configurator import above, at_least, at_most, configure
 
 # -----------------------------------------------------------------------------
 # what from
@@ -35,7 +35,7 @@ seed = 1337 # the same seed and prompt give the same texts
 device = 'auto' # 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto' # 'float32', 'bfloat16', 'float16'
 compile: bool | str = False # torch.compile: pays only for very long texts
-config, given = configure(globals(), also=('train.py', 'model.py:GPTConfig')) # a training recipe tells out_dir and device
+config, given = configure(globals(), also=('train.py', 'model.py:GPTConfig'), own=('init_from', 'batch_size')) # a training recipe tells out_dir and device
 
 # -----------------------------------------------------------------------------
 import json
@@ -47,12 +47,13 @@ import torch
 
 import checkpoint as ckpt
 from data.tokenizer import GPT2, check_meta, from_meta, load_meta, write_whole
-from device import autocast, resolve, tune
+from device import DTYPES, resolve, tune
 from model import KVCache
 
 at_least(config, 1, 'num_samples', 'max_new_tokens', 'batch_size')
 at_least(config, 0, 'temperature', 'top_k', 'min_p')
 above(config, 0, 'top_p', 'repetition_penalty')
+at_most(config, 1, 'top_p', 'min_p')
 prompts = [start] if isinstance(start, str) else start
 stops = [stop] if isinstance(stop, str) else stop
 for name, texts in (('start', prompts), ('stop', stops)):
@@ -62,8 +63,8 @@ stops = [text for text in (stop_token_char, *stops) if text]
 for prompt in prompts:
     if prompt.startswith(('FILE:', 'LINES:')) and not os.path.isfile(prompt.partition(':')[2]):
         raise FileNotFoundError(f'prompt file {prompt.partition(":")[2]} not found')
-if output and (interactive or not os.path.isdir(os.path.dirname(output) or '.')):
-    raise ValueError(f'output={output!r} needs a folder that is there, and no --interactive')
+if output and (interactive or os.path.isdir(output) or not os.path.isdir(os.path.dirname(output) or '.')):
+    raise ValueError(f'output={output!r} must be a file in a folder that is there, and goes without --interactive')
 device, dtype, compile = resolve(device, 'auto' if dtype == 'fast' else dtype, compile) # to convert all weights for each token is not
 tune(device)
 sys.stdout.reconfigure(errors='replace') # a Windows console cannot show every character
@@ -78,7 +79,7 @@ if meta is None: # nanoGPT's checkpoints leave the tokenizer with the dataset
     meta = load_meta(meta_path) if os.path.exists(meta_path) else GPT2
 if check_meta(meta, source)['vocab_size'] > model.config.vocab_size:
     raise ValueError(f'{source} has {model.config.vocab_size} token ids and comes without its tokenizer; prepare its dataset first')
-model.eval().to(device)
+model.eval().to(device, DTYPES[dtype]) # weights too, so that none is converted again for each token
 if compile:
     model.forward = torch.compile(model.forward, dynamic=True)
 tokenizer = from_meta(meta)
@@ -94,15 +95,15 @@ def read_prompts(text):
         return [text]
     try:
         with open(path, encoding='utf-8') as f:
-            return f.read().splitlines() if kind == 'LINES' else [f.read()]
+            return [line for line in f.read().split('\n') if line] if kind == 'LINES' else [f.read()]
     except UnicodeDecodeError as e:
         raise ValueError(f'prompt file {path} is not UTF-8 text: {e.reason} at byte {e.start}') from e
 
 if stop_token_char and len(tokenizer.encode(stop_token_char)) != 1:
     raise ValueError(f'stop_token_char={stop_token_char!r} is {len(tokenizer.encode(stop_token_char))} tokens; --stop takes any string')
-prompts = [text for prompt in prompts for text in read_prompts(prompt)]
+prompts = [] if interactive else [text for prompt in prompts for text in read_prompts(prompt)]
 ids = [tokenizer.encode(prompt) for prompt in prompts] # all of them before the first is sampled
-if not all(ids) or not ids:
+if not all(ids) or not (ids or interactive):
     raise ValueError('the prompt is empty; give at least one character: --start=...')
 options = dict(temperature=temperature, top_k=top_k or None, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
                seed=seed, vocab_size=tokenizer.vocab_size)
@@ -119,12 +120,12 @@ def so_far(new, ended):
     begun = max([n for s in stops for n in range(1, len(s)) if text.endswith(s[:n])], default=0)
     return text[:len(text) - begun]
 
-def sample(ids, num_samples=1, cache=None, show=lambda text: None):
+def sample(ids, samples=range(1), cache=None, show=lambda text: None):
     """
-    The texts that continue each of `ids`, lists of token ids, num_samples times: lists of new token ids, made in one batch.
+    The texts number `samples` that continue each of `ids`, lists of token ids: lists of new token ids, made in one batch.
     show() gets them piece by piece as they grow, one after the other, with what stands before and between them.
     """
-    new, ended, current, shown = [[] for _ in range(len(ids) * num_samples)], set(), 0, None
+    new, ended, current, shown = [[] for _ in range(len(ids) * len(samples))], set(), 0, None
 
     def stop(b, tokens):
         if any(s in tokenizer.decode(tokens[-4 * max(map(len, stops)):]) for s in stops): # 4 bytes a character at most
@@ -135,7 +136,7 @@ def sample(ids, num_samples=1, cache=None, show=lambda text: None):
         nonlocal current, shown
         while current < len(new):
             if shown is None:
-                show('' if cache else tokenizer.decode(ids[current // num_samples]))
+                show('' if cache else tokenizer.decode(ids[current // len(samples)]))
             text, shown = so_far(new[current], current in ended), shown or 0
             show(text[shown:])
             shown = len(text)
@@ -145,11 +146,10 @@ def sample(ids, num_samples=1, cache=None, show=lambda text: None):
             current, shown = current + 1, None
 
     show_on()
-    with autocast(device, dtype):
-        for tokens in model.stream(ids, max_new_tokens, num_samples, stop=stop if stops else None, cache=cache, **options):
-            for sequence, token in zip(new, tokens.tolist()):
-                sequence += [token] if token >= 0 else []
-            show_on()
+    for tokens in model.stream(ids, max_new_tokens, samples, stop=stop if stops else None, cache=cache, **options):
+        for sequence, token in zip(new, tokens.tolist()):
+            sequence += [token] if token >= 0 else []
+        show_on()
     ended.update(range(len(new)))
     show_on()
     return new
@@ -160,27 +160,32 @@ def terminal(text):
 
 began, made = time.perf_counter(), 0
 if interactive: # a text that goes on and on; what was said is not computed again
-    context, cache = [], None
+    context, size = [], model.config.block_size
+    cache = KVCache(size, torch.zeros(1, dtype=torch.int64, device=device))
     while True:
         try:
             line = input('> ')
         except (EOFError, KeyboardInterrupt):
             break
-        separator = '\n' if context and not tokenizer.decode(context).endswith('\n') else ''
-        context += tokenizer.encode(separator + line)
-        size = model.config.block_size
-        full = cache is None or len(context) - (0 if model.config.pos == 'learned' else cache.length) > size
-        if full: # learned positions have an end: what is far back is forgotten
+        try:
+            line = tokenizer.encode(('\n' if context and not tokenizer.decode(context).endswith('\n') else '') + line)
+        except ValueError as e: # a character that the vocabulary lacks
+            print(e)
+            continue
+        context += line
+        if len(context) > size and model.config.pos == 'learned': # they have an end: what is far back is forgotten
             context, cache = context[-size // 2:], KVCache(size, torch.zeros(1, dtype=torch.int64, device=device))
         if context:
             context += sample([context], cache=cache, show=terminal)[0]
 else:
     rows = []
-    for first in range(0, len(ids), max(1, batch_size // num_samples)):
-        here = slice(first, first + max(1, batch_size // num_samples))
-        new = sample(ids[here], num_samples, show=(lambda text: None) if output else terminal)
-        made += sum(map(len, new))
-        rows += [dict(prompt=prompts[first + b // num_samples], text=so_far(tokens, True)) for b, tokens in enumerate(new)]
+    here = max(1, batch_size // num_samples) # prompts at once
+    for first in range(0, len(ids), here):
+        for number in range(0, num_samples, batch_size):
+            samples = range(number, min(num_samples, number + batch_size))
+            new = sample(ids[first:first + here], samples, show=(lambda text: None) if output else terminal)
+            made += sum(map(len, new))
+            rows += [dict(prompt=prompts[first + b // len(samples)], text=so_far(tokens, True)) for b, tokens in enumerate(new)]
     if output:
         write_whole(output, lambda f: f.write(''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows).encode()))
     seconds = time.perf_counter() - began

@@ -39,10 +39,10 @@ def from_meta(meta):
 
 
 def byte_counts(meta):
-    """How many bytes of UTF-8 each token id of a meta stands for, a list."""
+    """How many bytes of UTF-8 each token id of a meta stands for, a list; <|endoftext|> is no text."""
     if meta.get('tokenizer') == 'gpt2':
         bpe = gpt2_encoding()
-        return [len(bpe.decode_single_token_bytes(i)) for i in range(bpe.n_vocab)]
+        return [len(bpe.decode_single_token_bytes(i)) * (i != bpe.eot_token) for i in range(bpe.n_vocab)]
     return [len(meta['itos'][i].encode('utf-8', 'replace')) for i in range(meta['vocab_size'])]
 
 

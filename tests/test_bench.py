@@ -31,3 +31,4 @@ def test_generation_is_timed_beside_its_ceiling_and_transformers(project):
     for row in ('ceiling of batch 1', 'flatgpt, batch 1 ', 'flatgpt, batch 16', 'recomputing the context', 'transformers, batch 1'):
         assert row in out
     assert 'transformers' not in project.run('bench.py', *SMALL, '--mode=generate', '--new_tokens=3', '--prompt_tokens=4', '--pos=rotary').stdout
+    assert 'do not fit block_size=16' in project.error('bench.py', *SMALL, '--mode=generate')

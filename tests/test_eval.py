@@ -78,6 +78,12 @@ def test_bad_input_of_eval_is_one_line(swapped, trained):
     assert 'eval_iters=0 must be at least 1' in swapped.error('eval.py', '--eval_iters=0')
 
 
+def test_without_lines_there_is_no_exact_match(swapped):
+    swapped.run('train.py', *TINY, '--dataset=swaps', '--mask_before_token==', '--mask_per_line=False', '--max_iters=1', '--out_dir=out-windows')
+    out = swapped.run('eval.py', '--out_dir=out-windows').stdout
+    assert 'val' in out and 'exact match' not in out
+
+
 def test_prompts_in_a_list_are_sampled_in_turn_and_end_where_told(swapped):
     (swapped.path / 'ask.py').write_text("out_dir = 'out-swaps'\nstart = ['ab=', 'cd=']\nnum_samples = 2\nstop_token_char = '\\n'\ntemperature = 0\n")
     texts = swapped.run('sample.py', 'ask.py', '--device=cpu').stdout.split('\n---------------\n')[:-1]

@@ -88,24 +88,42 @@ def test_other_positions_slide_beyond_block_size(pos):
     band = torch.zeros(T, T).masked_fill((distance < 0) | (distance >= 16), float('-inf'))
 
     class Everything(KVCache):
-        def begin(self, T, n_layer, n_head=None):
-            at, bias = super().begin(T, n_layer, n_head)
+        def begin(self, T, n_layer, dtype, n_head=None):
+            at, bias = super().begin(T, n_layer, dtype, n_head)
             return at, (0.0 if bias is None else bias) + band
     logits = model(ids, ids, cache=Everything(T, torch.tensor([0])))[0][0]
     assert logits[4:-1].argmax(-1).tolist() == got
 
 
+@pytest.mark.parametrize('pos', ['rotary', 'alibi', 'learned'])
+def test_a_text_that_goes_on_keeps_its_cache_and_is_the_same_as_made_at_once(pos):
+    """Turns of a few tokens each, past block_size where positions slide; what is known is not fed again."""
+    model, text, cache = random_model(pos=pos), [], KVCache(16, torch.tensor([0]))
+    for said in ([3, 1, 4], [1, 5], [9, 2, 6, 5, 3, 5], [8] * 9):
+        if pos == 'learned' and len(text + said) + 3 > 16:
+            break
+        text += said
+        text += [int(token) for token in model.stream([text], 3, temperature=0, cache=cache)]
+        assert cache.length == len(text) - 1
+    alone = KVCache(16, torch.tensor([0]))
+    for i, token in enumerate(text): # each token by itself
+        logits = model(torch.tensor([[token]]), cache=alone)[0][0, -1]
+        turn = i + 1 in (3, 8, 17, 29)
+        if turn and i + 1 < len(text):
+            assert logits.argmax() == text[i + 1]
+
+
 def test_samples_do_not_depend_on_what_else_is_in_the_batch():
     model = random_model(pos='rotary')
     prompts = [torch.randint(29, (n,)).tolist() for n in (4, 7, 2)]
-    run = lambda prompts, samples, **options: torch.stack(list(model.stream(prompts, 12, num_samples=samples, **options)), 1).tolist()
+    run = lambda prompts, samples, **options: torch.stack(list(model.stream(prompts, 12, samples=range(samples), **options)), 1).tolist()
     together = run(prompts, 5, seed=3)
     for i, prompt in enumerate(prompts):
         assert run([prompt], 5, seed=3) == together[5 * i:5 * i + 5]
         assert run([prompt], 2, seed=3) == together[5 * i:5 * i + 2]
     assert run(prompts, 5, seed=3) == together != run(prompts, 5, seed=4)
     assert len({tuple(row) for row in together[:5]}) == 5
-    assert run(prompts[:1] * 2, 2, seed=3) == together[:4] # the same prompt again: the next samples
+    assert run(prompts[:1] * 2, 2, seed=3) == together[:2] * 2 # the same prompt again, the same texts
 
 
 def test_each_sequence_stops_by_itself():

@@ -5,8 +5,11 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+import checkpoint as ckpt
 from conftest import ROOT, TINY, Project, write_dataset
+from data.tokenizer import from_meta
 from test_train import nanogpt_checkpoint
 
 FLAGS = ['--device=cpu', '--num_samples=2', '--max_new_tokens=20']
@@ -74,7 +77,7 @@ def test_a_prompt_may_come_from_standard_input_and_lines_of_a_file_go_to_jsonl(p
         assert [row['prompt'] for row in rows] == ['to be'] * 2 + ['or not'] * 2 + ['that'] * 2 and all('e' not in row['text'] for row in rows)
         first = rows if batch_size == 1 else first
     assert rows == first # the same texts in batches of any size
-    assert 'needs a folder that is there' in project.error('sample.py', *flags, '--output=nowhere/texts.jsonl')
+    assert 'must be a file in a folder that is there' in project.error('sample.py', *flags, '--output=nowhere/texts.jsonl')
 
 
 def test_texts_are_the_same_alone_and_together(project, trained):
@@ -84,11 +87,20 @@ def test_texts_are_the_same_alone_and_together(project, trained):
 
 @pytest.mark.parametrize('flags', [[], ['--pos=rotary']])
 def test_a_chat_goes_on_from_what_was_said(project, flags):
+    """Each reply is what greedy generation makes of all that was said; beyond block_size learned positions see its second half."""
     project.run('train.py', *TINY, *flags, '--max_iters=2', '--out_dir=out-chat')
-    done = subprocess.run([sys.executable, 'sample.py', '--device=cpu', '--out_dir=out-chat', '--interactive=True', '--max_new_tokens=7', '--temperature=0'],
-                          cwd=project.path, input='to be\nor not\n\nthat is the question to be or not\n', text=True, capture_output=True)
+    done = subprocess.run([sys.executable, 'sample.py', '--device=cpu', '--out_dir=out-chat', '--interactive=True', '--max_new_tokens=3', '--temperature=0'],
+                          cwd=project.path, input='to be\nor?!\nor\n\nthat is the question\n', text=True, capture_output=True)
     assert done.returncode == 0 and not done.stderr, done.stderr
-    assert len(done.stdout.split('> ')) == 6 and all(len(said.rstrip('\n')) <= 7 for said in done.stdout.split('> '))
+    replies = done.stdout.split('> ')[1:]
+    assert len(replies) == 6 and "lacks '!'" in replies[1] # which was not said
+    model, loaded = ckpt.open_model(str(project.path / 'out-chat' / 'ckpt.pt'))
+    tokenizer, context = from_meta(loaded['meta']), ''
+    for line, reply in zip(('to be', 'or'), (replies[0], replies[2])): # 15 tokens in all
+        context += ('\n' if context and not context.endswith('\n') else '') + line
+        want = tokenizer.decode(model.eval().generate(torch.tensor([tokenizer.encode(context)]), 3, temperature=0)[0].tolist())
+        assert want == context + reply[:-1]
+        context = want
 
 
 def test_streamed_text_has_whole_characters_and_no_beginnings_of_stops():
@@ -103,3 +115,17 @@ def test_streamed_text_has_whole_characters_and_no_beginnings_of_stops():
     assert so_far(list('aé'.encode())[:-1], False) == 'a' and so_far(list('aEN'.encode()), True) == 'aEN'
     shown = [so_far(list('Grüße, ENDE'.encode())[:n], False) for n in range(13)]
     assert all(later.startswith(earlier) for earlier, later in zip(shown, shown[1:])) and shown[-1] == 'Grüße, '
+
+
+def test_what_a_recipe_trains_from_is_not_what_is_sampled(project, trained):
+    (project.path / 'tune.py').write_text(f"init_from = 'gpt2-xl'\nout_dir = {str(trained[0])!r}\nmax_iters = 3\n")
+    assert '---' in project.run('sample.py', 'tune.py', *FLAGS).stdout and 'after 10 iterations' in project.run('eval.py', 'tune.py').stdout
+    (project.path / 'ask-gpt2.py').write_text("init_from = 'no-such-model'\nnum_samples = 1\n")
+    assert 'no-such-model' in project.error('sample.py', 'ask-gpt2.py')
+
+
+def test_seeds_and_samples_may_be_many_and_shares_are_at_most_one(project, trained):
+    flags = [*FLAGS, f'--out_dir={trained[0]}', '--start=to', '--num_samples=5']
+    assert project.run('sample.py', *flags, '--batch_size=2').stdout == project.run('sample.py', *flags).stdout
+    assert project.run('sample.py', *flags, '--seed=20261121123000999').stdout.count('\n---------------\n') == 5
+    assert 'min_p=5.0 must be at most 1' in project.error('sample.py', *flags, '--min_p=5')
