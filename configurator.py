@@ -236,8 +236,8 @@ def print_help(ns, knobs):
 
 def one_line_errors(kind, error, trace):
     """
-    sys.excepthook: an error that our own code raised on purpose is a message to the user, one line
-    and exit code 2. Everything else is a bug and keeps its traceback.
+    sys.excepthook: an error that our own code raised on purpose, and a file that cannot be opened, is a message to
+    the user, one line and exit code 2; so is too little memory, exit code 1. Everything else is a bug and keeps its traceback.
     """
     last = trace
     while last and last.tb_next:
@@ -246,6 +246,10 @@ def one_line_errors(kind, error, trace):
     ours = path.startswith(os.path.dirname(os.path.abspath(__file__)) + os.sep) and 'site-packages' not in path
     if issubclass(kind, (ValueError, OSError)) and ours and linecache.getline(path, last.tb_lineno).lstrip().startswith('raise '):
         fail(' '.join(str(error).split()))
+    if issubclass(kind, OSError) and ours and error.filename:
+        fail(f'{error.filename}: {error.strerror}')
+    if issubclass(kind, MemoryError) or kind.__name__ == 'OutOfMemoryError' or "can't allocate memory" in str(error): # torch's own, GPU and CPU
+        fail('out of memory; a smaller --batch_size or --block_size takes less', 1)
     if issubclass(kind, KeyboardInterrupt):
         print('\ninterrupted', file=sys.stderr, flush=True)
         raise SystemExit(130)
