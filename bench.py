@@ -51,8 +51,9 @@ import torch
 
 import muon
 from data.loader import Loader
-from data.tokenizer import GPT2, load_meta
+from data.tokenizer import dataset_meta
 from device import DTYPES, autocast, memory_gb, peak_flops, resolve, tune
+from generate import stream
 from model import GPT, GPTConfig
 from parallel import any_rank
 from runlog import RunLog
@@ -95,7 +96,7 @@ if mode == 'generate':
         raise ValueError(f'prompt_tokens={prompt_tokens} and new_tokens={new_tokens} do not fit block_size={block_size}')
     model = GPT(GPTConfig(**{name: globals()[name] for name in GPTConfig.__dataclass_fields__})).to(device, DTYPES[dtype]).eval()
     prompt, other = torch.randint(vocab_size, (1, prompt_tokens), device=device), theirs()
-    count = lambda B: [len(tokens) for tokens in model.stream(prompt.tolist(), new_tokens, range(B), temperature=0)]
+    count = lambda B: [len(tokens) for tokens in stream(model, prompt.tolist(), new_tokens, range(B), temperature=0)]
     rivals = {'flatgpt, batch 1': (1, lambda: count(1)), 'flatgpt, batch 16': (16, lambda: count(16)),
               'recomputing the context, batch 1': (1, lambda: recompute()),
               **({'transformers, batch 1': (1, lambda: other.generate(prompt, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0))} if other else {})}
@@ -127,8 +128,7 @@ if mode == 'generate':
 # data and model
 if real_data:
     data_dir = os.path.join('data', dataset)
-    meta_path = os.path.join(data_dir, 'meta.pkl')
-    meta = load_meta(meta_path) if os.path.exists(meta_path) else GPT2
+    meta = dataset_meta(data_dir)
     vocab_size = meta['vocab_size'] if 'stoi' in meta and 'vocab_size' not in given else vocab_size
     batches = Loader(os.path.join(data_dir, 'train.bin'), block_size, batch_size, vocab_size, seed).train_batches(itertools.count(), device)
 else:

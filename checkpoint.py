@@ -15,7 +15,7 @@ import zipfile
 import torch
 
 from data.tokenizer import GPT2, write_whole
-from model import GPT, GPTConfig, resolve_sizes
+from model import GPT, GPTConfig
 from parallel import agree, any_rank, shard_like
 from runlog import say
 
@@ -135,11 +135,39 @@ def open_model(source, **dropouts):
     today's dropout and attn_dropout, none unless given.
     """
     if os.path.exists(os.path.join(source, 'config.json')):
-        return GPT.from_pretrained(source, dropouts), {}
+        return from_pretrained(source, dropouts), {}
     if source.startswith('gpt2') and not os.path.exists(source):
-        return GPT.from_pretrained(source, dropouts), {'meta': GPT2}
+        return from_pretrained(source, dropouts), {'meta': GPT2}
     checkpoint = load(source)
     return build_model(checkpoint, **dropouts), checkpoint
+
+
+def from_pretrained(name, override_args=None):
+    """
+    GPT-2 with OpenAI's weights, through transformers.
+
+    name: 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a local folder with a GPT2LMHeadModel
+    override_args: dropout and attn_dropout at most; everything else is as it was trained
+    Raises ValueError when the name is none of these or the hub cannot be reached.
+    """
+    names = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
+    if name not in names and not os.path.isdir(name):
+        raise ValueError(f'{name!r} is neither a local folder nor one of {", ".join(names)}')
+    assert set(override_args or {}) <= {'dropout', 'attn_dropout'}, f'cannot override {override_args} of pretrained weights'
+    from transformers import GPT2LMHeadModel
+    try:
+        source = GPT2LMHeadModel.from_pretrained(name, dtype=torch.float32)
+    except Exception as e: # the hub's client and safetensors raise many kinds
+        raise ValueError(f'cannot load {name}: {str(e).strip().splitlines()[0]}') from e
+    hf = source.config
+    model = GPT(GPTConfig(block_size=hf.n_positions, vocab_size=hf.vocab_size, n_layer=hf.n_layer, n_head=hf.n_head,
+                          n_embd=hf.n_embd, bias=True, **(override_args or {})))
+    theirs = source.state_dict()
+    conv1d = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight') # kept (in, out) there
+    with torch.no_grad():
+        for name, ours in model.state_dict().items():
+            ours.copy_(theirs[name].t() if name.endswith(conv1d) else theirs[name])
+    return model
 
 
 def build_model(checkpoint, dropout=0.0, attn_dropout=None):
@@ -151,6 +179,29 @@ def build_model(checkpoint, dropout=0.0, attn_dropout=None):
     except RuntimeError as e:
         raise ValueError(f'{checkpoint["path"]} refused: its weights do not fit its model_args ({str(e).splitlines()[1].strip()})') from e
     return model
+
+
+def resolve_sizes(asked, default=(12, 768)):
+    """
+    (n_head, n_embd) from any sufficient subset of n_head, d_head and n_embd in the dict `asked`; d_model is
+    another word for n_embd. A ValueError shows the arithmetic of a contradiction. `default` fills in for
+    what the subset leaves open.
+    """
+    n_head, n_embd, d_head, d_model = (asked.get(name) for name in ('n_head', 'n_embd', 'd_head', 'd_model'))
+    if n_embd is not None and d_model is not None and n_embd != d_model:
+        raise ValueError(f'n_embd={n_embd} and d_model={d_model} are two words for one size; give one of them')
+    n_embd = n_embd if n_embd is not None else d_model
+    if d_head is not None:
+        if n_embd is None:
+            n_embd = n_head * d_head if n_head is not None else default[1]
+        if d_head < 1:
+            raise ValueError(f'd_head={d_head} must be at least 1')
+        if n_embd % d_head:
+            raise ValueError(f'n_embd={n_embd} must be divisible by d_head={d_head}: {n_embd} / {d_head} = {n_embd / d_head:.2f}')
+        if n_head is not None and n_head * d_head != n_embd:
+            raise ValueError(f'n_head={n_head} x d_head={d_head} = {n_head * d_head}, but n_embd={n_embd}')
+        n_head = n_embd // d_head
+    return (n_head if n_head is not None else default[0]), (n_embd if n_embd is not None else default[1])
 
 
 def fit_sizes(model, asked, source):

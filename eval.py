@@ -36,8 +36,9 @@ import checkpoint as ckpt
 import parallel
 from data.lines import LONGEST, read_lines, read_questions
 from data.loader import Loader
-from data.tokenizer import GPT2, byte_counts, check_meta, from_meta, load_meta
+from data.tokenizer import byte_counts, check_meta, dataset_meta, from_meta
 from device import autocast, resolve, tune
+from generate import stream
 from runlog import say
 
 at_least(config, 1, 'eval_iters', 'batch_size')
@@ -57,9 +58,8 @@ dataset = dataset or trained.get('dataset', '')
 if not dataset:
     raise ValueError(f'{source} was not trained on a dataset of ours; name one: --dataset=...')
 data_dir = os.path.join('data', dataset)
-meta_path = os.path.join(data_dir, 'meta.pkl')
-meta = check_meta(loaded.get('meta') or (load_meta(meta_path) if os.path.exists(meta_path) else GPT2), source)
-if os.path.exists(meta_path) and load_meta(meta_path) != meta:
+meta = check_meta(loaded.get('meta') or dataset_meta(data_dir), source)
+if os.path.exists(os.path.join(data_dir, 'meta.pkl')) and dataset_meta(data_dir) != meta:
     raise ValueError(f'{source}: the weights were trained with another vocabulary than that of {data_dir}')
 tokenizer = from_meta(meta)
 mark = trained.get('mask_before_token', '')
@@ -116,7 +116,7 @@ def find_kinds(path):
     return lambda question: [('characters', f'{len(question):2d}')]
 
 if mark and num_lines and lines.per_line and lines.newline.any():
-    found = read_questions(os.path.join(data_dir, 'val.bin'), meta, mark, num_lines)
+    found = read_questions(os.path.join(data_dir, 'val.bin'), lines, num_lines)
     questions = [(q, a) for q, a in found if len(q) + len(a) <= model.config.block_size + 1]
     left_out = f' ({len(found) - len(questions):,} longer than block_size left out)' if len(found) > len(questions) else ''
     order = sorted(range(len(questions)), key=lambda i: sum(map(len, questions[i]))) # lines of one length together
@@ -142,7 +142,7 @@ if mark and num_lines and lines.per_line and lines.newline.any():
         for i in wrong:
             q, a = questions[i]
             with ctx:
-                new = [int(token) for token in model.stream([q], LONGEST, temperature=0, vocab_size=tokenizer.vocab_size,
-                                                            stop=lambda _, new: lines.newline[new[-1]])]
+                new = [int(token) for token in stream(model, [q], LONGEST, temperature=0, vocab_size=tokenizer.vocab_size,
+                                                      stop=lambda _, new: lines.newline[new[-1]])]
             say(f'{texts[i] + mark:<48} {tokenizer.decode(new).rstrip():<24} {tokenizer.decode(a).rstrip()}')
 parallel.leave()

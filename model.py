@@ -5,7 +5,6 @@ has proved itself since is a knob each, off by default; config/modern.py turns o
 """
 
 import math
-import os
 from dataclasses import dataclass
 from functools import partial
 
@@ -56,29 +55,6 @@ class GPTConfig:
             raise ValueError(f'n_head={self.n_head} must be divisible by n_kv_head={self.n_kv_head}')
         if self.pos == 'rotary' and self.n_embd // self.n_head % 2:
             raise ValueError(f"pos='rotary' turns pairs, so n_embd / n_head = {self.n_embd // self.n_head} must be even")
-
-
-def resolve_sizes(asked, default=(12, 768)):
-    """
-    (n_head, n_embd) from any sufficient subset of n_head, d_head and n_embd in the dict `asked`; d_model is
-    another word for n_embd. A ValueError shows the arithmetic of a contradiction. `default` fills in for
-    what the subset leaves open.
-    """
-    n_head, n_embd, d_head, d_model = (asked.get(name) for name in ('n_head', 'n_embd', 'd_head', 'd_model'))
-    if n_embd is not None and d_model is not None and n_embd != d_model:
-        raise ValueError(f'n_embd={n_embd} and d_model={d_model} are two words for one size; give one of them')
-    n_embd = n_embd if n_embd is not None else d_model
-    if d_head is not None:
-        if n_embd is None:
-            n_embd = n_head * d_head if n_head is not None else default[1]
-        if d_head < 1:
-            raise ValueError(f'd_head={d_head} must be at least 1')
-        if n_embd % d_head:
-            raise ValueError(f'n_embd={n_embd} must be divisible by d_head={d_head}: {n_embd} / {d_head} = {n_embd / d_head:.2f}')
-        if n_head is not None and n_head * d_head != n_embd:
-            raise ValueError(f'n_head={n_head} x d_head={d_head} = {n_head * d_head}, but n_embd={n_embd}')
-        n_head = n_embd // d_head
-    return (n_head if n_head is not None else default[0]), (n_embd if n_embd is not None else default[1])
 
 
 class RMSNorm(nn.Module):
@@ -171,33 +147,34 @@ class KVCache:
     beyond it overwrites the oldest. Sequences of unequal length stand flush right: the first pad[b] columns of sequence b are empty.
     """
 
-    def __init__(self, size, pad):
-        self.size, self.pad, self.ragged, self.length, self.k, self.v = size, pad, bool(pad.any()), 0, None, None # length: columns so far
+    def __init__(self, config, size, pad):
+        self.config, self.size, self.pad, self.ragged = config, size, pad, bool(pad.any())
+        self.length, self.k, self.v = 0, None, None # columns so far
 
-    def begin(self, T, n_layer, dtype, n_head=None):
+    def begin(self, T, dtype):
         """
         Room for T more columns: their numbers (T,), and what is to be added to their attention scores, (B or 1, nh or 1, T, S)
-        in this dtype, or None; with n_head, ALiBi's slopes too. Columns that overwrite others come one at a time.
+        in this dtype, or None. Columns that overwrite others come one at a time.
         """
         assert T == 1 or self.length + T <= self.size, f'{T} columns at once after {self.length} do not fit {self.size}'
         at = torch.arange(self.length, self.length + T, device=self.pad.device)
         self.length += T
-        self.slots, self.n_layer, S = at % self.size, n_layer, min(self.size, self.length)
-        if T == 1 and not self.ragged and n_head is None:
+        self.slots, S, alibi = at % self.size, min(self.size, self.length), self.config.pos == 'alibi'
+        if T == 1 and not self.ragged and not alibi:
             return at, None # all that is held is seen
         held = self.length - 1 - (self.length - 1 - torch.arange(S, device=at.device)) % self.size # column in each slot (S,)
         distance = at[:, None] - held # (T, S)
         seen = (distance >= 0) & (held >= self.pad[:, None, None]) | (distance == 0) # (B, T, S); empty ones see themselves, not nothing
         bias = torch.zeros(seen.shape, device=at.device).masked_fill(~seen, float('-inf'))[:, None]
-        if n_head is not None:
-            bias = bias - alibi_slopes(n_head, at.device)[:, None, None] * distance
+        if alibi:
+            bias = bias - alibi_slopes(self.config.n_head, at.device)[:, None, None] * distance
         return at, bias.to(dtype)
 
     def extend(self, layer, k, v):
         """Add a layer's k, v (B, n_kv_head, T, hs) of the columns begun; all that it holds of them, (B, n_kv_head, S, hs) each."""
         if self.k is None:
             B, n_kv_head, _, hs = k.shape
-            self.k, self.v = (k.new_zeros(self.n_layer, B, n_kv_head, self.size, hs) for _ in range(2))
+            self.k, self.v = (k.new_zeros(self.config.n_layer, B, n_kv_head, self.size, hs) for _ in range(2))
         self.k[layer][:, :, self.slots], self.v[layer][:, :, self.slots] = k, v
         S = min(self.size, self.length)
         return self.k[layer, :, :, :S], self.v[layer, :, :, :S]
@@ -259,7 +236,7 @@ class GPT(nn.Module):
         x = self.transformer.wte(idx) # (B, T, C)
         at = torch.arange(T, device=idx.device)
         if cache is not None:
-            at, bias = cache.begin(T, cfg.n_layer, x.dtype, cfg.n_head if cfg.pos == 'alibi' else None)
+            at, bias = cache.begin(T, x.dtype)
         if cfg.pos == 'learned':
             assert T <= cfg.block_size, f'sequence of {T} tokens, block_size is {cfg.block_size}'
             x = x + self.transformer.wpe(at if cache is None else (at - cache.pad[:, None]).clamp_min(0))
@@ -288,34 +265,6 @@ class GPT(nn.Module):
         if self.config.pos == 'learned':
             self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size])
 
-    @classmethod
-    def from_pretrained(cls, name, override_args=None):
-        """
-        GPT-2 with OpenAI's weights, through transformers.
-
-        name: 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a local folder with a GPT2LMHeadModel
-        override_args: dropout and attn_dropout at most; everything else is as it was trained
-        Raises ValueError when the name is none of these or the hub cannot be reached.
-        """
-        names = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
-        if name not in names and not os.path.isdir(name):
-            raise ValueError(f'{name!r} is neither a local folder nor one of {", ".join(names)}')
-        assert set(override_args or {}) <= {'dropout', 'attn_dropout'}, f'cannot override {override_args} of pretrained weights'
-        from transformers import GPT2LMHeadModel
-        try:
-            source = GPT2LMHeadModel.from_pretrained(name, dtype=torch.float32)
-        except Exception as e: # the hub's client and safetensors raise many kinds
-            raise ValueError(f'cannot load {name}: {str(e).strip().splitlines()[0]}') from e
-        hf = source.config
-        model = cls(GPTConfig(block_size=hf.n_positions, vocab_size=hf.vocab_size, n_layer=hf.n_layer, n_head=hf.n_head,
-                              n_embd=hf.n_embd, bias=True, **(override_args or {})))
-        theirs = source.state_dict()
-        conv1d = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight') # kept (in, out) there
-        with torch.no_grad():
-            for name, ours in model.state_dict().items():
-                ours.copy_(theirs[name].t() if name.endswith(conv1d) else theirs[name])
-        return model
-
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
         """AdamW that decays matrices (Linear and Embedding weights) and leaves biases and norms alone."""
         params = [p for p in self.parameters() if p.requires_grad]
@@ -336,85 +285,6 @@ class GPT(nn.Module):
         return flops_per_token * cfg.block_size * fwdbwd_per_iter / dt / peak_flops
 
     def generate(self, idx, max_new_tokens, **options):
-        """Continue idx (B, T) by max_new_tokens tokens: (B, T + max_new_tokens). Options as for stream()."""
-        return torch.cat([idx, torch.stack(list(self.stream(idx.tolist(), max_new_tokens, **options)), dim=1)], dim=1)
-
-    @torch.inference_mode()
-    def stream(self, prompts, max_new_tokens, samples=range(1), temperature=1.0, top_k=None, top_p=1.0, min_p=0.0,
-               repetition_penalty=1.0, seed=None, vocab_size=None, stop=None, cache=None):
-        """
-        Continue each of `prompts`, lists of token ids of any lengths, once for each number in `samples`, all in one batch: yields
-        one tensor (B,) a step, the next token of each sequence, those of the first prompt first, and -1 for those that have ended.
-
-        temperature, top_k, top_p, min_p, repetition_penalty: see pick()
-        seed: it, the prompt and the number of the sample decide a text, whatever else is in the batch; None: torch's generator does
-        vocab_size: ids from here on are padding of the embedding and never sampled
-        stop: called with a sequence's number and its new tokens (a list) after each step, tells whether it ends there
-        cache: a KVCache of one sequence with the beginning of the prompt, from an earlier call; the rest is added to it
-        Prompts see their last block_size tokens. Beyond block_size learned positions recompute that window for every token,
-        as nanoGPT does; the others slide: what is kept of the last block_size tokens has itself seen tokens further back.
-        """
-        block_size, device, B = self.config.block_size, self.lm_head.weight.device, len(prompts) * len(samples)
-        prompts = prompts if cache else [prompt[-block_size:] for prompt in prompts]
-        T = max(map(len, prompts))
-        ids = torch.tensor([[0] * (T - len(prompt)) + prompt for prompt in prompts], device=device)
-        pad = torch.tensor([T - len(prompt) for prompt in prompts], device=device)
-        cache = KVCache(min(block_size, T + max_new_tokens), pad) if cache is None else cache
-        if cache.length < min(T, cache.size):
-            logits, _ = self(ids[:, cache.length:cache.size], cache=cache) # all prompts at once, each once
-        while cache.length < T: # of a text that goes on, what no longer fits
-            logits, _ = self(ids[:, cache.length:cache.length + 1], cache=cache)
-        cache.repeat(len(samples))
-        ids, logits, pad = (x.repeat_interleave(len(samples), 0) for x in (ids, logits, pad))
-        draws = torch.rand(B, max_new_tokens) if seed is None else torch.stack([
-            torch.rand(max_new_tokens, generator=torch.Generator().manual_seed((seed * 1_000_003 + n) % 2**63)) for _ in prompts for n in samples])
-        draws = draws.to(device)
-        new, ended = [[] for _ in range(B)], [False] * B
-        for step in range(max_new_tokens):
-            before = ids if repetition_penalty != 1.0 else None
-            token = pick(logits[:, -1, :vocab_size].float(), draws[:, step], temperature, top_k, top_p, min_p, repetition_penalty, before, pad) # (B,)
-            yield token.masked_fill(torch.tensor(ended, device=device), -1) if any(ended) else token
-            if stop:
-                for b, t in enumerate(token.tolist()):
-                    if not ended[b]:
-                        new[b].append(t)
-                        ended[b] = bool(stop(b, new[b]))
-                if all(ended):
-                    return
-            ids = torch.cat((ids, token[:, None]), dim=1)
-            if step < max_new_tokens - 1:
-                window = ids[:, -1:]
-                if self.config.pos == 'learned' and cache.length == block_size: # no position is left for another token
-                    window = ids[:, -block_size:]
-                    cache = KVCache(block_size, (pad - ids.size(1) + block_size).clamp_min(0))
-                logits, _ = self(window, cache=cache)
-
-
-def pick(logits, draw, temperature, top_k, top_p, min_p, repetition_penalty, before, pad):
-    """
-    One token each (B,) for logits (B, V), by uniform random numbers `draw` (B,) in [0, 1).
-
-    temperature: divides the logits; 0 takes the most likely token
-    top_k: of so many most likely tokens only (None: all); top_p: of the fewest that together have this probability (Holtzman
-    et al. 2019); min_p: of those that have this share of the most likely one's probability (Nguyen et al. 2024)
-    repetition_penalty: divides positive logits of the tokens in `before` (B, T), from column pad (B,) on, and multiplies negative
-    ones (Keskar et al. 2019)
-    """
-    if before is not None:
-        there = torch.zeros(logits.size(0), logits.size(1) + 1, dtype=torch.bool, device=logits.device) # the last one: nothing
-        empty = torch.arange(before.size(1), device=before.device) < pad[:, None]
-        there.scatter_(1, before.masked_fill(empty, logits.size(1)), True)
-        logits = torch.where(there[:, :-1], torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty), logits)
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    probs = torch.softmax(logits / temperature, dim=-1)
-    if top_k is not None and top_k < probs.size(1):
-        probs = probs.masked_fill(probs < torch.topk(probs, top_k).values[:, -1:], 0.0)
-    if min_p > 0.0:
-        probs = probs.masked_fill(probs < min_p * probs.amax(dim=-1, keepdim=True), 0.0)
-    if top_p < 1.0:
-        best, order = probs.sort(dim=-1, descending=True)
-        outside = best.cumsum(-1) - best >= top_p * best.sum(-1, keepdim=True)
-        probs = probs.masked_fill(outside.scatter(1, order, outside), 0.0)
-    total = probs.cumsum(dim=-1)
-    return ((total > draw[:, None] * total[:, -1:]) & (probs > 0)).int().argmax(dim=-1) # the first one: the draw falls into its share
+        """Continue idx (B, T), each row for itself, by max_new_tokens tokens: (B, T + max_new_tokens). Options as for stream() in generate.py."""
+        from generate import stream
+        return torch.cat([idx, torch.stack(list(stream(self, idx.tolist(), max_new_tokens, **options)), dim=1)], dim=1)

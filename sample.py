@@ -46,8 +46,9 @@ import time
 import torch
 
 import checkpoint as ckpt
-from data.tokenizer import GPT2, check_meta, from_meta, load_meta, write_whole
+from data.tokenizer import check_meta, dataset_meta, from_meta, write_whole
 from device import DTYPES, resolve, tune
+from generate import stream
 from model import KVCache
 
 at_least(config, 1, 'num_samples', 'max_new_tokens', 'batch_size')
@@ -73,10 +74,7 @@ sys.stdout.reconfigure(errors='replace') # a Windows console cannot show every c
 # model, and the tokenizer that came with it
 source = ckpt.best(out_dir) if init_from == 'resume' else init_from
 model, loaded = ckpt.open_model(source)
-meta = loaded.get('meta')
-if meta is None: # nanoGPT's checkpoints leave the tokenizer with the dataset
-    meta_path = os.path.join('data', str(loaded.get('config', {}).get('dataset')), 'meta.pkl')
-    meta = load_meta(meta_path) if os.path.exists(meta_path) else GPT2
+meta = loaded.get('meta') or dataset_meta(os.path.join('data', str(loaded.get('config', {}).get('dataset')))) # with nanoGPT's comes none
 if check_meta(meta, source)['vocab_size'] > model.config.vocab_size:
     raise ValueError(f'{source} has {model.config.vocab_size} token ids and comes without its tokenizer; prepare its dataset first')
 model.eval().to(device, DTYPES[dtype]) # weights too, so that none is converted again for each token
@@ -146,7 +144,7 @@ def sample(ids, samples=range(1), cache=None, show=lambda text: None):
             current, shown = current + 1, None
 
     show_on()
-    for tokens in model.stream(ids, max_new_tokens, samples, stop=stop if stops else None, cache=cache, **options):
+    for tokens in stream(model, ids, max_new_tokens, samples, stop=stop if stops else None, cache=cache, **options):
         for sequence, token in zip(new, tokens.tolist()):
             sequence += [token] if token >= 0 else []
         show_on()
@@ -161,7 +159,7 @@ def terminal(text):
 began, made = time.perf_counter(), 0
 if interactive: # a text that goes on and on; what was said is not computed again
     context, size = [], model.config.block_size
-    cache = KVCache(size, torch.zeros(1, dtype=torch.int64, device=device))
+    cache = KVCache(model.config, size, torch.zeros(1, dtype=torch.int64, device=device))
     while True:
         try:
             line = input('> ')
@@ -174,7 +172,7 @@ if interactive: # a text that goes on and on; what was said is not computed agai
             continue
         context += line
         if len(context) > size and model.config.pos == 'learned': # they have an end: what is far back is forgotten
-            context, cache = context[-size // 2:], KVCache(size, torch.zeros(1, dtype=torch.int64, device=device))
+            context, cache = context[-size // 2:], KVCache(model.config, size, cache.pad)
         if context:
             context += sample([context], cache=cache, show=terminal)[0]
 else:

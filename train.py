@@ -96,9 +96,9 @@ import muon
 import parallel
 from data.lines import read_lines
 from data.loader import Loader, deal, micro_batches
-from data.tokenizer import GPT2, load_meta
+from data.tokenizer import dataset_meta
 from device import autocast, memory_gb, peak_flops, resolve, tune
-from model import GPT, GPTConfig, resolve_sizes
+from model import GPT, GPTConfig
 from runlog import RunLog, health, say
 
 # -----------------------------------------------------------------------------
@@ -121,15 +121,14 @@ master_process = rank == 0 # the one that prints and writes
 # -----------------------------------------------------------------------------
 # model
 data_dir = os.path.join('data', dataset)
-meta_path = os.path.join(data_dir, 'meta.pkl')
-meta = load_meta(meta_path) if os.path.exists(meta_path) else GPT2 # travels in the checkpoint
+meta = dataset_meta(data_dir) # of its tokenizer, travels in the checkpoint
 own = os.path.join(out_dir, 'ckpt.pt') # this run's
 init_from = ckpt.where_from(init_from, own, config) # 'auto', and a restart by torchrun after a fault, may mean 'resume'
 torch.manual_seed(seed)
 asked = {name: config[name] for name in (*GPTConfig.__dataclass_fields__, 'd_head', 'd_model') if name in given}
 
 if init_from == 'scratch':
-    n_head, n_embd = resolve_sizes(asked, default=(n_head, n_embd))
+    n_head, n_embd = ckpt.resolve_sizes(asked, default=(n_head, n_embd))
     vocab_size = vocab_size if 'stoi' not in meta or 'vocab_size' in given else meta['vocab_size']
     sizes = {**config, 'n_head': n_head, 'n_embd': n_embd, 'vocab_size': vocab_size}
     model, loaded = GPT(GPTConfig(**{name: sizes[name] for name in GPTConfig.__dataclass_fields__})), {}

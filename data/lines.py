@@ -93,6 +93,8 @@ def write_lines(folder, make, num_examples, seed, mark='=', val_share=0.05):
     LONGEST are left out and made up for.
     """
     from tqdm import tqdm
+    if seed < 0:
+        raise ValueError(f'seed={seed} must not be negative')
     if num_examples < 1000:
         raise ValueError(f'num_examples={num_examples} must be at least 1000, so that there are some to hold out')
     rng = np.random.default_rng(seed)
@@ -128,12 +130,11 @@ def write_lines(folder, make, num_examples, seed, mark='=', val_share=0.05):
                 os.remove(path)
 
 
-def read_questions(path, meta, mark, most):
+def read_questions(path, lines, most):
     """
     Up to `most` lines of a .bin file, spread evenly over it: [(question with its mark, answer)], as lists of
     token ids; lines without a mark are left out.
     """
-    lines = read_lines(meta, meta['vocab_size'], mark, True, True)
     tokens = np.fromfile(path, dtype=np.uint16)
     ends = np.flatnonzero(lines.newline[tokens])
     starts = np.append(0, ends[:-1] + 1)

@@ -153,8 +153,8 @@ class Loader:
         """
         This rank's share of the fixed windows that loss is measured on: the whole split, side by side,
         when it fits in max_batches * batch_size windows, else that many spread evenly (so are those that
-        begin with lines). All ranks get
-        equally many batches of the same shape; what fills them up has targets of -1, which do not count.
+        begin with lines). All ranks get equally many batches of the same shape; what fills them up has
+        targets of -1, which do not count.
         """
         total = (len(self.tokens) - 1) // self.block_size
         count = min(total, max_batches * self.batch_size)

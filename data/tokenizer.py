@@ -69,6 +69,12 @@ def load_meta(path):
     return check_meta(meta, path)
 
 
+def dataset_meta(folder):
+    """The meta of a dataset: what its meta.pkl says, GPT-2's BPE where there is none."""
+    path = os.path.join(folder, 'meta.pkl')
+    return load_meta(path) if os.path.exists(path) else GPT2
+
+
 def check_meta(meta, where):
     """`meta` itself if it describes a tokenizer, else a ValueError that names `where` it came from."""
     if isinstance(meta, dict) and (meta.get('tokenizer') == 'gpt2' or isinstance(meta.get('stoi'), dict)

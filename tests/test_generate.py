@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from model import GPT, GPTConfig, KVCache, pick
+from generate import pick, stream
+from model import GPT, GPTConfig, KVCache
 
 KNOBS = [dict(), dict(pos='rotary'), dict(pos='alibi'), dict(pos='none'), dict(n_kv_head=2), dict(n_kv_head=1, pos='rotary', qk_norm=True),
          dict(tie_embeddings=False, pos='alibi', n_kv_head=2), dict(pos='rotary', norm='rmsnorm', activation='relu2', qk_norm=True,
@@ -41,7 +42,7 @@ def test_log_probabilities_with_the_cache_equal_those_without(knobs):
     for batch in (prompts, *[[prompt] for prompt in prompts[::5]]):
         T = max(map(len, batch))
         pad = torch.tensor([T - len(prompt) for prompt in batch])
-        cache = KVCache(32, pad)
+        cache = KVCache(model.config, 32, pad)
         sequences = [list(prompt) for prompt in batch]
         logits = model(torch.tensor([[0] * (T - len(prompt)) + prompt for prompt in batch]), cache=cache)[0][:, -1]
         for step in range(4):
@@ -62,9 +63,9 @@ def test_greedy_tokens_are_those_without_a_cache(knobs):
     model = random_model(**knobs)
     prompts = [torch.randint(29, (n,)).tolist() for n in (1, 3, 8, 12)]
     want = [windows(model, prompt, 4)[0] for prompt in prompts]
-    got = torch.stack(list(model.stream(prompts, 4, temperature=0)), dim=1).tolist()
+    got = torch.stack(list(stream(model, prompts, 4, temperature=0)), dim=1).tolist()
     assert got == want
-    assert [torch.stack(list(model.stream([prompt], 4, temperature=0)), dim=1)[0].tolist() for prompt in prompts] == want
+    assert [torch.stack(list(stream(model, [prompt], 4, temperature=0)), dim=1)[0].tolist() for prompt in prompts] == want
 
 
 def test_learned_positions_beyond_block_size_equal_nanogpts_window():
@@ -72,7 +73,7 @@ def test_learned_positions_beyond_block_size_equal_nanogpts_window():
     prompts = [torch.randint(29, (n,)).tolist() for n in (2, 9, 16, 40)]
     want = [windows(model, prompt, 30)[0] for prompt in prompts]
     for batch in (prompts, *[[prompt] for prompt in prompts]):
-        got = torch.stack(list(model.stream(batch, 30, temperature=0)), dim=1).tolist()
+        got = torch.stack(list(stream(model, batch, 30, temperature=0)), dim=1).tolist()
         assert got == [want[prompts.index(prompt)] for prompt in batch]
 
 
@@ -81,31 +82,32 @@ def test_other_positions_slide_beyond_block_size(pos):
     """Equal to one pass over everything in which each token sees the block_size columns up to its own."""
     model = random_model(pos=pos)
     prompt = torch.randint(29, (5,)).tolist()
-    got = torch.stack(list(model.stream([prompt], 40, temperature=0)), dim=1)[0].tolist()
+    got = torch.stack(list(stream(model, [prompt], 40, temperature=0)), dim=1)[0].tolist()
     ids = torch.tensor([prompt + got])
     T = ids.size(1)
     distance = torch.arange(T)[:, None] - torch.arange(T)
     band = torch.zeros(T, T).masked_fill((distance < 0) | (distance >= 16), float('-inf'))
 
     class Everything(KVCache):
-        def begin(self, T, n_layer, dtype, n_head=None):
-            at, bias = super().begin(T, n_layer, dtype, n_head)
+        def begin(self, T, dtype):
+            at, bias = super().begin(T, dtype)
             return at, (0.0 if bias is None else bias) + band
-    logits = model(ids, ids, cache=Everything(T, torch.tensor([0])))[0][0]
+    logits = model(ids, ids, cache=Everything(model.config, T, torch.tensor([0])))[0][0]
     assert logits[4:-1].argmax(-1).tolist() == got
 
 
 @pytest.mark.parametrize('pos', ['rotary', 'alibi', 'learned'])
 def test_a_text_that_goes_on_keeps_its_cache_and_is_the_same_as_made_at_once(pos):
     """Turns of a few tokens each, past block_size where positions slide; what is known is not fed again."""
-    model, text, cache = random_model(pos=pos), [], KVCache(16, torch.tensor([0]))
+    model, text = random_model(pos=pos), []
+    cache = KVCache(model.config, 16, torch.tensor([0]))
     for said in ([3, 1, 4], [1, 5], [9, 2, 6, 5, 3, 5], [8] * 9):
         if pos == 'learned' and len(text + said) + 3 > 16:
             break
         text += said
-        text += [int(token) for token in model.stream([text], 3, temperature=0, cache=cache)]
+        text += [int(token) for token in stream(model, [text], 3, temperature=0, cache=cache)]
         assert cache.length == len(text) - 1
-    alone = KVCache(16, torch.tensor([0]))
+    alone = KVCache(model.config, 16, torch.tensor([0]))
     for i, token in enumerate(text): # each token by itself
         logits = model(torch.tensor([[token]]), cache=alone)[0][0, -1]
         turn = i + 1 in (3, 8, 17, 29)
@@ -116,7 +118,7 @@ def test_a_text_that_goes_on_keeps_its_cache_and_is_the_same_as_made_at_once(pos
 def test_samples_do_not_depend_on_what_else_is_in_the_batch():
     model = random_model(pos='rotary')
     prompts = [torch.randint(29, (n,)).tolist() for n in (4, 7, 2)]
-    run = lambda prompts, samples, **options: torch.stack(list(model.stream(prompts, 12, samples=range(samples), **options)), 1).tolist()
+    run = lambda prompts, samples, **options: torch.stack(list(stream(model, prompts, 12, samples=range(samples), **options)), 1).tolist()
     together = run(prompts, 5, seed=3)
     for i, prompt in enumerate(prompts):
         assert run([prompt], 5, seed=3) == together[5 * i:5 * i + 5]
@@ -129,13 +131,13 @@ def test_samples_do_not_depend_on_what_else_is_in_the_batch():
 def test_each_sequence_stops_by_itself():
     model = random_model(pos='alibi')
     prompts = [torch.randint(29, (n,)).tolist() for n in (4, 7)]
-    free = torch.stack(list(model.stream(prompts, 12, seed=1)), 1)
+    free = torch.stack(list(stream(model, prompts, 12, seed=1)), 1)
     seen = {0: [], 1: []}
 
     def stop(b, new):
         seen[b] = list(new)
         return len(new) == (3, 6)[b]
-    got = torch.stack(list(model.stream(prompts, 12, seed=1, stop=stop)), 1)
+    got = torch.stack(list(stream(model, prompts, 12, seed=1, stop=stop)), 1)
     assert got.shape == (2, 6) and got[0].tolist() == free[0, :3].tolist() + [-1] * 3 and torch.equal(got[1], free[1, :6])
     assert seen == {0: free[0, :3].tolist(), 1: free[1, :6].tolist()}
 

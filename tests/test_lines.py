@@ -274,6 +274,7 @@ def test_a_dataset_of_lines_is_the_same_every_time_and_its_splits_share_no_quest
 def test_too_few_examples_and_impossible_numbers_are_refused(project):
     assert 'num_examples=10 must be at least 1000' in project.error('data/reverser/prepare.py', '--num_examples=10')
     assert 'max_operations=3 must be from 1 to 2' in project.error('data/calculator/prepare.py', '--max_operations=3')
+    assert 'seed=-1 must not be negative' in project.error('data/wordcalc/prepare.py', '--seed=-1')
     assert "operators='%' must be some of" in project.error('data/calculator/prepare.py', '--operators=%')
 
 
@@ -288,9 +289,9 @@ def test_an_interrupted_preparation_leaves_nothing_half_written(tmp_path):
 def test_questions_are_read_back(tmp_path):
     words = letters(['ab', 'b', 'ccc'])
     write_lines(str(tmp_path), lambda rng, n: (words[rng.integers(3, size=(n, 9))].reshape(n, -1), words[rng.integers(3, size=n)]), 5000, 1)
-    for mark in '=':
-        text = (tmp_path / 'input.txt').read_text().splitlines()
-        val = [line for line in text if zlib.crc32(line.partition('=')[0].encode()) < 0.05 * 2**32]
-        found = read_questions(tmp_path / 'val.bin', ASCII, mark, 10**6)
-        assert [''.join(ASCII['itos'][i] for i in q + a) for q, a in found] == [line + '\n' for line in val]
-        assert len(read_questions(tmp_path / 'val.bin', ASCII, mark, 7)) == 7
+    lines = read_lines(ASCII, len(ASCII['stoi']), '=', True, True)
+    text = (tmp_path / 'input.txt').read_text().splitlines()
+    val = [line for line in text if zlib.crc32(line.partition('=')[0].encode()) < 0.05 * 2**32]
+    found = read_questions(tmp_path / 'val.bin', lines, 10**6)
+    assert [''.join(ASCII['itos'][i] for i in q + a) for q, a in found] == [line + '\n' for line in val]
+    assert len(read_questions(tmp_path / 'val.bin', lines, 7)) == 7

@@ -1,0 +1,88 @@
+"""
+Generation: the loop around model.py's forward and its KVCache, and how a token is picked from the logits.
+"""
+
+import torch
+
+from model import KVCache
+
+
+@torch.inference_mode()
+def stream(model, prompts, max_new_tokens, samples=range(1), temperature=1.0, top_k=None, top_p=1.0, min_p=0.0,
+           repetition_penalty=1.0, seed=None, vocab_size=None, stop=None, cache=None):
+    """
+    Continue each of `prompts`, lists of token ids of any lengths, once for each number in `samples`, all in one batch: yields
+    one tensor (B,) a step, the next token of each sequence, those of the first prompt first, and -1 for those that have ended.
+
+    temperature, top_k, top_p, min_p, repetition_penalty: see pick()
+    seed: it, the prompt and the number of the sample decide a text, whatever else is in the batch; None: torch's generator does
+    vocab_size: ids from here on are padding of the embedding and never sampled
+    stop: called with a sequence's number and its new tokens (a list) after each step, tells whether it ends there
+    cache: a KVCache of one sequence with the beginning of the prompt, from an earlier call; the rest is added to it
+    Prompts see their last block_size tokens. Beyond block_size learned positions recompute that window for every token,
+    as nanoGPT does; the others slide: what is kept of the last block_size tokens has itself seen tokens further back.
+    """
+    block_size, device, B = model.config.block_size, model.lm_head.weight.device, len(prompts) * len(samples)
+    prompts = prompts if cache else [prompt[-block_size:] for prompt in prompts]
+    T = max(map(len, prompts))
+    ids = torch.tensor([[0] * (T - len(prompt)) + prompt for prompt in prompts], device=device)
+    pad = torch.tensor([T - len(prompt) for prompt in prompts], device=device)
+    cache = KVCache(model.config, min(block_size, T + max_new_tokens), pad) if cache is None else cache
+    if cache.length < min(T, cache.size):
+        logits, _ = model(ids[:, cache.length:cache.size], cache=cache) # all prompts at once, each once
+    while cache.length < T: # of a text that goes on, what no longer fits
+        logits, _ = model(ids[:, cache.length:cache.length + 1], cache=cache)
+    cache.repeat(len(samples))
+    ids, logits, pad = (x.repeat_interleave(len(samples), 0) for x in (ids, logits, pad))
+    draws = torch.rand(B, max_new_tokens) if seed is None else torch.stack([
+        torch.rand(max_new_tokens, generator=torch.Generator().manual_seed((seed * 1_000_003 + n) % 2**63)) for _ in prompts for n in samples])
+    draws = draws.to(device)
+    new, ended = [[] for _ in range(B)], [False] * B
+    for step in range(max_new_tokens):
+        before = ids if repetition_penalty != 1.0 else None
+        token = pick(logits[:, -1, :vocab_size].float(), draws[:, step], temperature, top_k, top_p, min_p, repetition_penalty, before, pad) # (B,)
+        yield token.masked_fill(torch.tensor(ended, device=device), -1) if any(ended) else token
+        if stop:
+            for b, t in enumerate(token.tolist()):
+                if not ended[b]:
+                    new[b].append(t)
+                    ended[b] = bool(stop(b, new[b]))
+            if all(ended):
+                return
+        ids = torch.cat((ids, token[:, None]), dim=1)
+        if step < max_new_tokens - 1:
+            window = ids[:, -1:]
+            if model.config.pos == 'learned' and cache.length == block_size: # no position is left for another token
+                window = ids[:, -block_size:]
+                cache = KVCache(model.config, block_size, (pad - ids.size(1) + block_size).clamp_min(0))
+            logits, _ = model(window, cache=cache)
+
+
+def pick(logits, draw, temperature, top_k, top_p, min_p, repetition_penalty, before, pad):
+    """
+    One token each (B,) for logits (B, V), by uniform random numbers `draw` (B,) in [0, 1).
+
+    temperature: divides the logits; 0 takes the most likely token
+    top_k: of so many most likely tokens only (None: all); top_p: of the fewest that together have this probability (Holtzman
+    et al. 2019); min_p: of those that have this share of the most likely one's probability (Nguyen et al. 2024)
+    repetition_penalty: divides positive logits of the tokens in `before` (B, T), from column pad (B,) on, and multiplies negative
+    ones (Keskar et al. 2019)
+    """
+    if before is not None:
+        there = torch.zeros(logits.size(0), logits.size(1) + 1, dtype=torch.bool, device=logits.device) # the last one: nothing
+        empty = torch.arange(before.size(1), device=before.device) < pad[:, None]
+        there.scatter_(1, before.masked_fill(empty, logits.size(1)), True)
+        logits = torch.where(there[:, :-1], torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty), logits)
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    probs = torch.softmax(logits / temperature, dim=-1)
+    if top_k is not None and top_k < probs.size(1):
+        probs = probs.masked_fill(probs < torch.topk(probs, top_k).values[:, -1:], 0.0)
+    if min_p > 0.0:
+        probs = probs.masked_fill(probs < min_p * probs.amax(dim=-1, keepdim=True), 0.0)
+    if top_p < 1.0:
+        best, order = probs.sort(dim=-1, descending=True)
+        outside = best.cumsum(-1) - best >= top_p * best.sum(-1, keepdim=True)
+        probs = probs.masked_fill(outside.scatter(1, order, outside), 0.0)
+    total = probs.cumsum(dim=-1)
+    return ((total > draw[:, None] * total[:, -1:]) & (probs > 0)).int().argmax(dim=-1) # the first one: the draw falls into its share
