@@ -46,6 +46,7 @@ import os
 import statistics
 import tempfile
 import time
+from functools import partial
 
 import torch
 
@@ -55,6 +56,7 @@ from data.tokenizer import dataset_meta
 from device import DTYPES, autocast, memory_gb, peak_flops, resolve, tune
 from generate import stream
 from model import GPT, GPTConfig
+from ops import Linear, pack
 from parallel import any_rank
 from runlog import RunLog
 
@@ -73,13 +75,21 @@ def clock():
 
 # -----------------------------------------------------------------------------
 # generation: every token reads all weights once, so the speed of a matrix times a vector is its ceiling
-def matvec_bandwidth(n=8192, repeats=20):
-    """Bytes/s at which this machine multiplies a matrix that no cache holds by a vector."""
-    matrix, vector = torch.randn(n, n, device=device).to(DTYPES[dtype]), torch.randn(n, device=device).to(DTYPES[dtype])
-    t = clock()
-    for _ in range(repeats): # a GPU is asked for the time once
-        matrix @ vector
-    return repeats * matrix.nbytes / (clock() - t)
+@torch.inference_mode()
+def matvec_bandwidth(size=2**26, repeats=20):
+    """Bytes/s at which this machine multiplies a matrix that no cache holds by a vector: torch's own way, and the fastest of ours on two shapes."""
+    speeds = []
+    for rows, cols in ((8192, size // 8192), (65536, size // 65536)):
+        layer, x = Linear(cols, rows, bias=False, device=device, dtype=DTYPES[dtype]), torch.randn(1, cols, device=device).to(DTYPES[dtype])
+        own = layer.weight.detach()
+        if device == 'cpu':
+            pack(layer)
+        for product in (lambda: own @ x[0], lambda: layer(x)):
+            t = clock()
+            for _ in range(repeats): # a GPU is asked for the time once
+                product()
+            speeds.append(repeats * own.nbytes / (clock() - t))
+    return speeds[0], max(speeds)
 
 def theirs():
     """transformers' GPT-2 of the same shape with random weights, None for networks that are not GPT-2's (but for biases)."""
@@ -94,10 +104,21 @@ def theirs():
 if mode == 'generate':
     if prompt_tokens + new_tokens > block_size:
         raise ValueError(f'prompt_tokens={prompt_tokens} and new_tokens={new_tokens} do not fit block_size={block_size}')
-    model = GPT(GPTConfig(**{name: globals()[name] for name in GPTConfig.__dataclass_fields__})).to(device, DTYPES[dtype]).eval()
+    sizes = GPTConfig(**{name: globals()[name] for name in GPTConfig.__dataclass_fields__})
+    models = {'plain': GPT(sizes).to(device, DTYPES[dtype]).eval()}
+    num_params = models['plain'].get_num_params()
+    if device == 'cpu': # as sample.py does
+        for rows in (1, 16):
+            models[rows] = GPT(sizes).to(DTYPES[dtype]).eval()
+            pack(models[rows], rows)
+        models['int8'] = GPT(sizes).bfloat16().eval()
+        pack(models['int8'], int8=True)
     prompt, other = torch.randint(vocab_size, (1, prompt_tokens), device=device), theirs()
-    count = lambda B: [len(tokens) for tokens in stream(model, prompt.tolist(), new_tokens, range(B), temperature=0)]
-    rivals = {'flatgpt, batch 1': (1, lambda: count(1)), 'flatgpt, batch 16': (16, lambda: count(16)),
+    made = lambda B, name=None, **options: list(stream(models.get(name or B, models['plain']), prompt.tolist(), new_tokens, range(B), temperature=0, **options))
+    step = torch.compile(models['plain'], dynamic=False, mode='reduce-overhead' if 'cuda' in device else None) if compile else None
+    rivals = {'flatgpt, batch 1': (1, lambda: made(1)), 'flatgpt, batch 16': (16, lambda: made(16)),
+              **({'flatgpt, int8, batch 1': (1, lambda: made(1, 'int8'))} if device == 'cpu' else {}),
+              **({f'flatgpt, compiled, batch {B}': (B, partial(made, B, 'plain', compiled=step)) for B in (1, 16)} if compile else {}),
               'recomputing the context, batch 1': (1, lambda: recompute()),
               **({'transformers, batch 1': (1, lambda: other.generate(prompt, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0))} if other else {})}
 
@@ -105,7 +126,7 @@ if mode == 'generate':
     def recompute():
         ids = prompt
         for _ in range(new_tokens):
-            ids = torch.cat([ids, model(ids[:, -block_size:])[0][:, -1].argmax(-1, keepdim=True)], dim=1)
+            ids = torch.cat([ids, models['plain'](ids[:, -block_size:])[0][:, -1].argmax(-1, keepdim=True)], dim=1)
 
     seconds, bandwidths = {name: [] for name in rivals}, []
     for i in range(1 + steps): # all in turn; the first round warms up
@@ -114,10 +135,11 @@ if mode == 'generate':
             t = clock()
             run()
             seconds[name].append(clock() - t)
-    read = model.get_num_params() * DTYPES[dtype].itemsize
-    ceiling = statistics.median(bandwidths[1:]) / read
-    print(f'{model.get_num_params() / 1e6:.1f}M parameters on {device}, {dtype}; {prompt_tokens} tokens of prompt, {new_tokens} new ones, median of {steps}')
-    print(f'  {"ceiling of batch 1":<34} {ceiling:8.1f} tokens/s   (a matrix times a vector: {statistics.median(bandwidths[1:]) / 1e9:.1f} GB/s)')
+    read = num_params * DTYPES[dtype].itemsize
+    own, best = map(statistics.median, zip(*bandwidths[1:]))
+    ceiling = best / read
+    print(f'{num_params / 1e6:.1f}M parameters on {device}, {dtype}; {prompt_tokens} tokens of prompt, {new_tokens} new ones, median of {steps}')
+    print(f'  {"ceiling of batch 1":<34} {ceiling:8.1f} tokens/s   (a matrix times a vector: {best / 1e9:.1f} GB/s; by torch.mv {own / 1e9:.1f} GB/s, {own / read:.1f} tokens/s)')
     for name, (B, _) in rivals.items():
         speeds = sorted(B * new_tokens / each for each in seconds[name][1:])
         speed = statistics.median(speeds)

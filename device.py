@@ -31,7 +31,7 @@ PEAK_FLOPS = {
 }
 
 
-def resolve(device, dtype, compile):
+def resolve(device, dtype, compile, quantize=''):
     """
     The knobs device, dtype, compile with every 'auto' replaced by what suits this machine.
 
@@ -39,6 +39,7 @@ def resolve(device, dtype, compile):
     dtype: bfloat16 on GPUs that have it in hardware (compute capability 8.0 up), float16 on older
         ones, float32 on CPU and MPS; 'fast' is the same, but bfloat16 on CPUs that have it too
     compile: on GPUs that Triton supports (capability 7.0 up)
+    quantize: 'int8' takes bfloat16 for the rest, and is for CPUs
     Raises ValueError for a device that is not there, an unknown dtype, a compile that is neither.
     """
     if device == 'auto':
@@ -58,6 +59,11 @@ def resolve(device, dtype, compile):
         device = f'cuda:{number}'
     if kind == 'mps' and not torch.backends.mps.is_available():
         raise ValueError("device='mps': no Apple GPU here; try --device=auto or --device=cpu")
+    if quantize not in ('', 'int8'):
+        raise ValueError(f"quantize={quantize!r} is none of '', 'int8'")
+    if quantize and kind != 'cpu':
+        raise ValueError(f'quantize={quantize!r} is for CPUs; add --device=cpu')
+    dtype = 'bfloat16' if quantize else dtype
     capability = torch.cuda.get_device_capability(device) if kind == 'cuda' else (0, 0)
     if dtype in ('auto', 'fast'):
         has_it = fast_bfloat16(device) and (kind == 'cuda' or dtype == 'fast')

@@ -22,6 +22,7 @@ show_wrong = 10 # how many wrong answers to show
 # system
 device = 'auto' # 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto' # 'float32', 'bfloat16', 'float16'
+quantize = '' # 'int8': weights of 8 bits, as sample.py can use them on a CPU
 config, given = configure(globals(), also=('train.py', 'model.py:GPTConfig'),
                           own=('init_from', 'eval_iters', 'batch_size')) # a training recipe tells out_dir and device
 
@@ -37,13 +38,14 @@ import parallel
 from data.lines import LONGEST, read_lines, read_questions
 from data.loader import Loader
 from data.tokenizer import byte_counts, check_meta, dataset_meta, from_meta
-from device import autocast, resolve, tune
+from device import DTYPES, autocast, resolve, tune
 from generate import stream
+from ops import pack
 from runlog import say
 
 at_least(config, 1, 'eval_iters', 'batch_size')
 at_least(config, 0, 'num_lines', 'show_wrong')
-device, dtype, _ = resolve(device, 'auto' if dtype == 'fast' else dtype, False)
+device, dtype, _ = resolve(device, 'auto' if dtype == 'fast' else dtype, False, quantize)
 tune(device)
 rank, world_size = parallel.start('auto', device, 600, int(os.environ.get('WORLD_SIZE', 1)))
 ctx = autocast(device, dtype)
@@ -53,6 +55,9 @@ ctx = autocast(device, dtype)
 source = ckpt.best(out_dir) if init_from == 'resume' else init_from
 model, loaded = ckpt.open_model(source)
 model.eval().to(device)
+num_params = model.get_num_params()
+if quantize:
+    pack(model.to(DTYPES[dtype]), int8=True)
 trained = loaded.get('config', {})
 dataset = dataset or trained.get('dataset', '')
 if not dataset:
@@ -64,7 +69,7 @@ if os.path.exists(os.path.join(data_dir, 'meta.pkl')) and dataset_meta(data_dir)
 tokenizer = from_meta(meta)
 mark = trained.get('mask_before_token', '')
 lines = read_lines(meta, model.config.vocab_size, mark, trained.get('mask_per_line', True), trained.get('align_to_lines', False))
-say(f'{source}: {model.get_num_params() / 1e6:.2f}M parameters on {device}, {dtype}'
+say(f'{source}: {num_params / 1e6:.2f}M parameters on {device}, {quantize or dtype}'
     + (f', after {loaded["iter_num"]:,} iterations' if 'iter_num' in loaded else ''))
 
 # -----------------------------------------------------------------------------

@@ -7,9 +7,28 @@ import torch
 from model import KVCache
 
 
+class StaticCache(KVCache):
+    """A KVCache whose every step looks the same, so that it can be compiled once and recorded as a CUDA graph: its length is a tensor, all of it is attended to."""
+
+    def __init__(self, config, size, pad):
+        super().__init__(config, size, pad)
+        self.end = torch.zeros(1, dtype=torch.int64, device=pad.device) # the length; `length` itself is for stream() to keep
+
+    def begin(self, T, dtype):
+        at = self.end + torch.arange(T, device=self.end.device)
+        self.slots = at % self.size
+        self.end += T
+        return at, self.bias(at, self.end - 1 - (self.end - 1 - torch.arange(self.size, device=at.device)) % self.size, dtype)
+
+    def extend(self, layer, k, v):
+        if self.k is None:
+            self.make(k)
+        return self.k[layer].index_copy_(2, self.slots, k), self.v[layer].index_copy_(2, self.slots, v)
+
+
 @torch.inference_mode()
 def stream(model, prompts, max_new_tokens, samples=range(1), temperature=1.0, top_k=None, top_p=1.0, min_p=0.0,
-           repetition_penalty=1.0, seed=None, vocab_size=None, stop=None, cache=None):
+           repetition_penalty=1.0, seed=None, vocab_size=None, stop=None, stride=1, cache=None, compiled=None):
     """
     Continue each of `prompts`, lists of token ids of any lengths, once for each number in `samples`, all in one batch: yields
     one tensor (B,) a step, the next token of each sequence, those of the first prompt first, and -1 for those that have ended.
@@ -19,19 +38,31 @@ def stream(model, prompts, max_new_tokens, samples=range(1), temperature=1.0, to
     vocab_size: ids from here on are padding of the embedding and never sampled
     stop: called with a sequence's number and its new tokens (a list) after each step, tells whether it ends there
     cache: a KVCache of one sequence with the beginning of the prompt, from an earlier call; the rest is added to it
-    Prompts see their last block_size tokens. Beyond block_size learned positions recompute that window for every token,
-    as nanoGPT does; the others slide: what is kept of the last block_size tokens has itself seen tokens further back.
+    compiled: torch.compile(model), to take the steps after the prompt; its mode='reduce-overhead' records them as a CUDA graph
+    Prompts see their last block_size tokens. Beyond block_size learned positions recompute that window for every token, as
+    nanoGPT does, or of one with stride - 1 tokens less every stride tokens; the others slide: what is kept of the last
+    block_size tokens has itself seen tokens further back.
     """
     block_size, device, B = model.config.block_size, model.lm_head.weight.device, len(prompts) * len(samples)
     prompts = prompts if cache else [prompt[-block_size:] for prompt in prompts]
     T = max(map(len, prompts))
     ids = torch.tensor([[0] * (T - len(prompt)) + prompt for prompt in prompts], device=device)
     pad = torch.tensor([T - len(prompt) for prompt in prompts], device=device)
-    cache = KVCache(model.config, min(block_size, T + max_new_tokens), pad) if cache is None else cache
+    Cache = KVCache if compiled is None else StaticCache
+    cache = Cache(model.config, block_size if compiled is not None else min(block_size, T + max_new_tokens), pad) if cache is None else cache
+
+    def forward(ids):
+        """The logits of what follows ids (B, T), which are put into the cache."""
+        if compiled is not None:
+            cache.length += ids.size(1)
+            for z in (cache.k, cache.v, cache.end, cache.pad) if ids.size(1) == 1 and cache.k is not None else ():
+                torch._dynamo.mark_static_address(z) # else a CUDA graph would have it copied for each step
+        return (compiled if compiled is not None and ids.size(1) == 1 and cache.k is not None else model)(ids, cache=cache)[0][:, -1, :vocab_size].float()
+
     if cache.length < min(T, cache.size):
-        logits, _ = model(ids[:, cache.length:cache.size], cache=cache) # all prompts at once, each once
+        logits = forward(ids[:, cache.length:cache.size]) # all prompts at once, each once
     while cache.length < T: # of a text that goes on, what no longer fits
-        logits, _ = model(ids[:, cache.length:cache.length + 1], cache=cache)
+        logits = forward(ids[:, cache.length:cache.length + 1])
     cache.repeat(len(samples))
     ids, logits, pad = (x.repeat_interleave(len(samples), 0) for x in (ids, logits, pad))
     draws = torch.rand(B, max_new_tokens) if seed is None else torch.stack([
@@ -40,7 +71,7 @@ def stream(model, prompts, max_new_tokens, samples=range(1), temperature=1.0, to
     new, ended = [[] for _ in range(B)], [False] * B
     for step in range(max_new_tokens):
         before = ids if repetition_penalty != 1.0 else None
-        token = pick(logits[:, -1, :vocab_size].float(), draws[:, step], temperature, top_k, top_p, min_p, repetition_penalty, before, pad) # (B,)
+        token = pick(logits, draws[:, step], temperature, top_k, top_p, min_p, repetition_penalty, before, pad) # (B,)
         yield token.masked_fill(torch.tensor(ended, device=device), -1) if any(ended) else token
         if stop:
             for b, t in enumerate(token.tolist()):
@@ -51,11 +82,11 @@ def stream(model, prompts, max_new_tokens, samples=range(1), temperature=1.0, to
                 return
         ids = torch.cat((ids, token[:, None]), dim=1)
         if step < max_new_tokens - 1:
-            window = ids[:, -1:]
+            window = token[:, None]
             if model.config.pos == 'learned' and cache.length == block_size: # no position is left for another token
-                window = ids[:, -block_size:]
-                cache = KVCache(model.config, block_size, (pad - ids.size(1) + block_size).clamp_min(0))
-            logits, _ = model(window, cache=cache)
+                window = ids[:, -max(1, block_size - stride + 1):]
+                cache = Cache(model.config, block_size, (pad - ids.size(1) + window.size(1)).clamp_min(0))
+            logits = forward(window)
 
 
 def pick(logits, draw, temperature, top_k, top_p, min_p, repetition_penalty, before, pad):
@@ -75,14 +106,15 @@ def pick(logits, draw, temperature, top_k, top_p, min_p, repetition_penalty, bef
         logits = torch.where(there[:, :-1], torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty), logits)
     if temperature == 0:
         return logits.argmax(dim=-1)
+    k, ids = logits.size(1) if top_k is None else min(top_k, logits.size(1)), None
+    if k < logits.size(1) or top_p < 1.0:
+        logits, ids = logits.topk(k) # the most likely first (B, k)
     probs = torch.softmax(logits / temperature, dim=-1)
-    if top_k is not None and top_k < probs.size(1):
-        probs = probs.masked_fill(probs < torch.topk(probs, top_k).values[:, -1:], 0.0)
     if min_p > 0.0:
         probs = probs.masked_fill(probs < min_p * probs.amax(dim=-1, keepdim=True), 0.0)
     if top_p < 1.0:
-        best, order = probs.sort(dim=-1, descending=True)
-        outside = best.cumsum(-1) - best >= top_p * best.sum(-1, keepdim=True)
-        probs = probs.masked_fill(outside.scatter(1, order, outside), 0.0)
+        likelier = probs.cumsum(-1) - probs # probability of those before it
+        probs = probs.masked_fill(likelier >= top_p * probs.sum(-1, keepdim=True), 0.0)
     total = probs.cumsum(dim=-1)
-    return ((total > draw[:, None] * total[:, -1:]) & (probs > 0)).int().argmax(dim=-1) # the first one: the draw falls into its share
+    token = ((total > draw[:, None] * total[:, -1:]) & (probs > 0)).int().argmax(dim=-1) # the first one: the draw falls into its share
+    return token if ids is None else ids.gather(1, token[:, None])[:, 0]

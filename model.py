@@ -13,7 +13,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ops import alibi_bias, alibi_slopes, dropout, relu2, rms_norm, rotary_table, rotate
+from ops import Linear, alibi_bias, alibi_slopes, dropout, relu2, rms_norm, rotary_table, rotate
 
 
 @dataclass
@@ -73,8 +73,8 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head or config.n_head
         hs = config.n_embd // config.n_head
-        self.c_attn = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * hs, bias=config.bias) # query, key, value of all heads in one
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * hs, bias=config.bias) # query, key, value of all heads in one
+        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.qk_norm = config.qk_norm
         self.dropout = config.dropout
         self.attn_dropout = config.dropout if config.attn_dropout is None else config.attn_dropout
@@ -110,8 +110,8 @@ class MLP(nn.Module):
         super().__init__()
         gated = config.activation == 'swiglu'
         hidden = 8 * config.n_embd // 3 if gated else 4 * config.n_embd # as many weights either way
-        self.c_fc = nn.Linear(config.n_embd, 2 * hidden if gated else hidden, bias=config.bias)
-        self.c_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, 2 * hidden if gated else hidden, bias=config.bias)
+        self.c_proj = Linear(hidden, config.n_embd, bias=config.bias)
         self.activation, self.dropout = config.activation, config.dropout
 
     def forward(self, x):
@@ -158,26 +158,34 @@ class KVCache:
         """
         assert T == 1 or self.length + T <= self.size, f'{T} columns at once after {self.length} do not fit {self.size}'
         at = torch.arange(self.length, self.length + T, device=self.pad.device)
+        self.slots = slice(self.length % self.size, (self.length + T - 1) % self.size + 1)
         self.length += T
-        self.slots, S, alibi = at % self.size, min(self.size, self.length), self.config.pos == 'alibi'
-        if T == 1 and not self.ragged and not alibi:
+        if T == 1 and not self.ragged and self.config.pos != 'alibi':
             return at, None # all that is held is seen
-        held = self.length - 1 - (self.length - 1 - torch.arange(S, device=at.device)) % self.size # column in each slot (S,)
+        S = min(self.size, self.length)
+        return at, self.bias(at, self.length - 1 - (self.length - 1 - torch.arange(S, device=at.device)) % self.size, dtype)
+
+    def bias(self, at, held, dtype):
+        """What is added to the attention scores of columns `at` (T,) for the columns `held` in the slots (S,)."""
         distance = at[:, None] - held # (T, S)
         seen = (distance >= 0) & (held >= self.pad[:, None, None]) | (distance == 0) # (B, T, S); empty ones see themselves, not nothing
         bias = torch.zeros(seen.shape, device=at.device).masked_fill(~seen, float('-inf'))[:, None]
-        if alibi:
+        if self.config.pos == 'alibi':
             bias = bias - alibi_slopes(self.config.n_head, at.device)[:, None, None] * distance
-        return at, bias.to(dtype)
+        return bias.to(dtype)
 
     def extend(self, layer, k, v):
         """Add a layer's k, v (B, n_kv_head, T, hs) of the columns begun; all that it holds of them, (B, n_kv_head, S, hs) each."""
         if self.k is None:
-            B, n_kv_head, _, hs = k.shape
-            self.k, self.v = (k.new_zeros(self.config.n_layer, B, n_kv_head, self.size, hs) for _ in range(2))
+            self.make(k)
         self.k[layer][:, :, self.slots], self.v[layer][:, :, self.slots] = k, v
         S = min(self.size, self.length)
         return self.k[layer, :, :, :S], self.v[layer, :, :, :S]
+
+    def make(self, k):
+        """Take the memory, for keys like k (B, n_kv_head, T, hs)."""
+        B, n_kv_head, _, hs = k.shape
+        self.k, self.v = (k.new_zeros(self.config.n_layer, B, n_kv_head, self.size, hs) for _ in range(2))
 
     def repeat(self, n):
         """Each sequence n times."""
@@ -199,7 +207,7 @@ class GPT(nn.Module):
         ))
         if config.embed_norm:
             self.transformer.ln_e = make_norm(config)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.transformer.wte.weight = self.lm_head.weight # one matrix, Press & Wolf 2016 (arXiv:1608.05859)
         self.apply(self._init_weights)

@@ -4,6 +4,7 @@ model.py and this file need no other of ours. On other devices, and where torch 
 """
 
 import torch
+import torch.nn as nn
 from torch.nn import functional as F
 
 
@@ -17,8 +18,54 @@ def fast_bfloat16(device):
 
 
 def spelled_out(x):
-    """Is `x` on a CPU, and not being compiled?"""
-    return x.device.type == 'cpu' and not torch.compiler.is_compiling()
+    """Is `x` on a CPU, not being compiled, and are gradients wanted? They are what torch's own formula is slow for."""
+    return torch.is_grad_enabled() and x.device.type == 'cpu' and not torch.compiler.is_compiling()
+
+
+class Linear(nn.Linear):
+    """nn.Linear, until pack() has readied it to multiply few rows at a time."""
+    packed = scale = blocks = None
+
+    def forward(self, x):
+        rows = x.numel() // x.size(-1)
+        if self.packed is None:
+            return F.linear(x, self.weight, self.bias)
+        if self.scale is not None and rows > 16: # are not worth a kernel for 8 bits
+            return F.linear(x, self.packed * self.scale[:, None], self.bias)
+        if self.blocks is not None and rows == 1:
+            y = torch.bmm(self.blocks, x.view(1, -1).t().expand(len(self.blocks), -1, -1)) # this order of strides is the fast one
+        elif self.scale is not None:
+            y = torch.ops.aten._weight_int8pack_mm(x.reshape(rows, -1), self.packed, self.scale)
+        else:
+            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, 'none', [], '')
+        y = y.view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+
+@torch.no_grad()
+def pack(model, rows=1, int8=False):
+    """
+    Ready `model`, on a CPU, for generation and nothing else: from now on its large matrices multiply a few rows, about so
+    many, as fast as memory gives them; torch's own choice takes twice as long. They are put into the order in which oneDNN
+    reads them; only for a single row in float32 blocks of 32 outputs are faster, which keep all cores reading.
+
+    int8: in 8 bits, scaled by the largest weight of each output; the model must be in bfloat16
+    """
+    for module in model.modules():
+        if not isinstance(module, Linear) or module.weight.numel() < 2**18: # small ones do not repay a longer call
+            continue
+        weight = module.weight.detach()
+        if int8:
+            module.scale = (weight.abs().amax(1).float() / 127).clamp_min(1e-30).to(weight.dtype)
+            module.packed = (weight.float() / module.scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+        elif torch.backends.mkldnn.is_available() and weight.dtype in (torch.float32, torch.bfloat16):
+            size = max(n for n in range(1, 33) if len(weight) % n == 0)
+            if rows == 1 and weight.dtype == torch.float32 and torch.backends.mkl.is_available() and size > 3:
+                module.packed, module.blocks = weight, weight.view(-1, size, weight.size(1))
+            else:
+                module.packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+        if module.packed is not None:
+            module.weight = nn.Parameter(weight[:0]) # frees what was copied; the embedding keeps what it shares
 
 
 def dropout(x, p, training):

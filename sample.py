@@ -31,10 +31,12 @@ repetition_penalty = 1.0 # above 1.0 tokens that were there before become less l
 stop_token_char = '' # end a text before this character, which must be one token
 stop: str | list = '' # end a text before this string, or the first of these
 seed = 1337 # the same seed and prompt give the same texts
+stride = 1 # past block_size, learned positions see the last block_size tokens, recomputed as often as this; more is faster, and sees less
 # system
 device = 'auto' # 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto' # 'float32', 'bfloat16', 'float16'
-compile: bool | str = False # torch.compile: pays only for very long texts
+quantize = '' # 'int8': weights of 8 bits, for one text at a time on a CPU
+compile: bool | str = False # torch.compile, on a GPU as a CUDA graph: a minute to start, then faster steps
 config, given = configure(globals(), also=('train.py', 'model.py:GPTConfig'), own=('init_from', 'batch_size')) # a training recipe tells out_dir and device
 
 # -----------------------------------------------------------------------------
@@ -48,10 +50,11 @@ import torch
 import checkpoint as ckpt
 from data.tokenizer import check_meta, dataset_meta, from_meta, write_whole
 from device import DTYPES, resolve, tune
-from generate import stream
+from generate import StaticCache, stream
 from model import KVCache
+from ops import pack
 
-at_least(config, 1, 'num_samples', 'max_new_tokens', 'batch_size')
+at_least(config, 1, 'num_samples', 'max_new_tokens', 'batch_size', 'stride')
 at_least(config, 0, 'temperature', 'top_k', 'min_p')
 above(config, 0, 'top_p', 'repetition_penalty')
 at_most(config, 1, 'top_p', 'min_p')
@@ -66,7 +69,7 @@ for prompt in prompts:
         raise FileNotFoundError(f'prompt file {prompt.partition(":")[2]} not found')
 if output and (interactive or os.path.isdir(output) or not os.path.isdir(os.path.dirname(output) or '.')):
     raise ValueError(f'output={output!r} must be a file in a folder that is there, and goes without --interactive')
-device, dtype, compile = resolve(device, 'auto' if dtype == 'fast' else dtype, compile) # to convert all weights for each token is not
+device, dtype, compile = resolve(device, 'auto' if dtype == 'fast' else dtype, compile, quantize) # small networks are not faster
 tune(device)
 sys.stdout.reconfigure(errors='replace') # a Windows console cannot show every character
 
@@ -78,8 +81,7 @@ meta = loaded.get('meta') or dataset_meta(os.path.join('data', str(loaded.get('c
 if check_meta(meta, source)['vocab_size'] > model.config.vocab_size:
     raise ValueError(f'{source} has {model.config.vocab_size} token ids and comes without its tokenizer; prepare its dataset first')
 model.eval().to(device, DTYPES[dtype]) # weights too, so that none is converted again for each token
-if compile:
-    model.forward = torch.compile(model.forward, dynamic=True)
+compiled = torch.compile(model, dynamic=False, mode='reduce-overhead' if 'cuda' in device else None) if compile else None
 tokenizer = from_meta(meta)
 
 # -----------------------------------------------------------------------------
@@ -103,8 +105,10 @@ prompts = [] if interactive else [text for prompt in prompts for text in read_pr
 ids = [tokenizer.encode(prompt) for prompt in prompts] # all of them before the first is sampled
 if not all(ids) or not (ids or interactive):
     raise ValueError('the prompt is empty; give at least one character: --start=...')
+if device == 'cpu' and (quantize or not compile):
+    pack(model, 1 if interactive else min(batch_size, num_samples * len(ids)), int8=quantize == 'int8')
 options = dict(temperature=temperature, top_k=top_k or None, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
-               seed=seed, vocab_size=tokenizer.vocab_size)
+               seed=seed, stride=stride, vocab_size=tokenizer.vocab_size)
 
 # -----------------------------------------------------------------------------
 # text out
@@ -144,7 +148,7 @@ def sample(ids, samples=range(1), cache=None, show=lambda text: None):
             current, shown = current + 1, None
 
     show_on()
-    for tokens in stream(model, ids, max_new_tokens, samples, stop=stop if stops else None, cache=cache, **options):
+    for tokens in stream(model, ids, max_new_tokens, samples, stop=stop if stops else None, cache=cache, compiled=compiled, **options):
         for sequence, token in zip(new, tokens.tolist()):
             sequence += [token] if token >= 0 else []
         show_on()
@@ -159,7 +163,8 @@ def terminal(text):
 began, made = time.perf_counter(), 0
 if interactive: # a text that goes on and on; what was said is not computed again
     context, size = [], model.config.block_size
-    cache = KVCache(model.config, size, torch.zeros(1, dtype=torch.int64, device=device))
+    Cache = StaticCache if compile else KVCache
+    cache = Cache(model.config, size, torch.zeros(1, dtype=torch.int64, device=device))
     while True:
         try:
             line = input('> ')
@@ -172,7 +177,7 @@ if interactive: # a text that goes on and on; what was said is not computed agai
             continue
         context += line
         if len(context) > size and model.config.pos == 'learned': # they have an end: what is far back is forgotten
-            context, cache = context[-size // 2:], KVCache(model.config, size, cache.pad)
+            context, cache = context[-size // 2:], Cache(model.config, size, cache.pad)
         if context:
             context += sample([context], cache=cache, show=terminal)[0]
 else:

@@ -44,6 +44,8 @@ def test_every_process_takes_its_own_gpu(machine, monkeypatch):
     (dict(), ('cpu', 'fp8', 'auto'), "dtype='fp8' is none of"),
     (dict(), ('cpu', 'float16', 'auto'), 'float16.*needs a CUDA device'),
     (dict(), ('cpu', 'auto', 'yes'), "compile='yes' is none of"),
+    (dict(), ('cpu', 'auto', False, 'int4'), "quantize='int4' is none of"),
+    (dict(capability=(9, 0), gpus=1), ('auto', 'auto', False, 'int8'), 'is for CPUs; add --device=cpu'),
     (dict(capability=(9, 0), gpus=2), ('cuda:2', 'auto', 'auto'), 'this machine has 2 GPU'),
 ])
 def test_what_the_machine_cannot_do_is_a_one_line_error(machine, kind, asked, message):

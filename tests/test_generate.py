@@ -3,6 +3,7 @@ import torch
 
 from generate import pick, stream
 from model import GPT, GPTConfig, KVCache
+from ops import pack
 
 KNOBS = [dict(), dict(pos='rotary'), dict(pos='alibi'), dict(pos='none'), dict(n_kv_head=2), dict(n_kv_head=1, pos='rotary', qk_norm=True),
          dict(tie_embeddings=False, pos='alibi', n_kv_head=2), dict(pos='rotary', norm='rmsnorm', activation='relu2', qk_norm=True,
@@ -183,3 +184,49 @@ def test_repetition_is_penalised_as_in_transformers():
     assert torch.equal(pick(logits, torch.zeros(4), 0, None, 1.0, 0.0, 1.7, before, torch.zeros(4, dtype=torch.long)), want)
     pad = torch.tensor([6, 0, 0, 0]) # nothing came before the first
     assert pick(logits, torch.zeros(4), 0, None, 1.0, 0.0, 1e9, before, pad)[0] == logits[0].argmax()
+
+
+@pytest.mark.parametrize('knobs', [KNOBS[0], KNOBS[-1]])
+def test_packed_weights_give_the_same_logits(knobs):
+    """In float32 to rounding, with the tied matrix still there to look tokens up; in 8 bits to what 8 bits hold."""
+    sizes = dict(vocab_size=1024, n_embd=256, n_head=4)
+    plain, packed, packed_many, int8 = models = [random_model(**{**knobs, **sizes}) for _ in range(4)]
+    for model in models:
+        for p in model.parameters():
+            p.mul_(0.1)
+    pack(packed)
+    pack(packed_many, rows=6)
+    pack(int8.bfloat16(), int8=True)
+    assert int8.lm_head.packed.dtype == torch.int8 and packed.lm_head.weight.numel() == int8.lm_head.weight.numel() == 0
+    for shape in ((1, 1), (2, 5), (3, 16)): # few rows and many
+        ids = torch.randint(1024, shape)
+        want = plain(ids, targets=ids)[0]
+        for model in (packed, packed_many):
+            torch.testing.assert_close(model(ids, targets=ids)[0], want, rtol=1e-4, atol=1e-4)
+        assert (int8(ids, targets=ids)[0] - want).std() < 0.03 * want.std()
+    assert packed.generate(ids, 20, temperature=0).equal(plain.generate(ids, 20, temperature=0))
+
+
+def test_a_stride_recomputes_the_window_less_often():
+    """With learned positions the context falls back to block_size - stride + 1 tokens and grows from there."""
+    model, prompt, stride = random_model(), torch.randint(29, (9,)).tolist(), 5
+    made = model.generate(torch.tensor([prompt]), 30, temperature=0, stride=stride)[0].tolist()
+    ids, start = list(prompt), 0
+    for _ in range(30):
+        if len(ids) - start > 16:
+            start = len(ids) - (16 - stride + 1)
+        ids.append(int(model(torch.tensor([ids[start:]]))[0].argmax()))
+    assert made == ids
+    assert model.generate(torch.tensor([prompt]), 30, temperature=0, stride=1000).shape == (1, 39)
+
+
+@pytest.mark.parametrize('knobs', [dict(), dict(pos='alibi', n_kv_head=2), KNOBS[-1]])
+def test_compiled_steps_are_compiled_once_and_give_the_same_tokens(knobs):
+    """Over prompts of unequal length, and on beyond block_size."""
+    torch.compiler.reset()
+    model = random_model(**knobs)
+    prompts, compiled = [torch.randint(29, (n,)).tolist() for n in (2, 9, 13)], torch.compile(model, backend='eager', fullgraph=True, dynamic=False)
+    want = torch.stack(list(stream(model, prompts, 24, temperature=0, stride=4)))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        got = torch.stack(list(stream(model, prompts, 24, temperature=0, stride=4, compiled=compiled)))
+    assert got.equal(want)
