@@ -2,7 +2,9 @@
 
 VENV ?= .venv
 PYTHON ?= python3
-CONFIG ?= config/train_shakespeare_char.py
+DATASET ?=
+INPUT ?=
+CONFIG ?= $(if $(DATASET),config/train_text.py,config/train_shakespeare_char.py)
 ARGS ?=
 NGPUS ?=
 # what makes a recipe small enough for a machine without a GPU; fine-tuning takes its sizes from the weights
@@ -29,6 +31,7 @@ help:
 	@echo 'make eval-RECIPE            score it: loss, perplexity, exact match'
 	@echo 'make train CONFIG=config/train_gpt2.py NGPUS=8 ARGS="--max_iters=10"'
 	@echo '                            any recipe; NGPUS: all that are visible, unless given'
+	@echo 'make train DATASET=notes INPUT=notes.txt    your own text, or without INPUT a dataset that is prepared'
 	@echo 'make clean                  remove $(VENV) and caches; data and trained runs (out-*) stay'
 
 # done again only when pyproject.toml has changed since
@@ -49,11 +52,12 @@ generate-%: install
 # without a GPU: the overlay; on one: plain python; on several: torchrun
 train: install
 	@set -e; test -f '$(CONFIG)' || { echo 'error: no recipe $(CONFIG); make lists them' >&2; exit 2; }; \
-	dataset=$$(sed -n "s/^dataset *= *['\"]\([^'\"]*\).*/\1/p" $(CONFIG)); dataset=data/$${dataset:-openwebtext}; \
+	recipe=$$(sed -n "s/^dataset *= *['\"]\([^'\"]*\).*/\1/p" $(CONFIG)); dataset=$(DATASET); dataset=data/$${dataset:-$${recipe:-openwebtext}}; \
+	test -z '$(INPUT)' || $(PY) data/text/prepare.py --input='$(INPUT)' --dataset='$(DATASET)'; \
 	test -f $$dataset/train.bin -a -f $$dataset/val.bin || $(PY) $$dataset/prepare.py; \
 	gpus=$(GPUS); n=$(NGPUS); n=$${n:-$$gpus}; overlay=; test $$gpus -gt 0 || overlay='$(OVERLAY)'; \
 	launch='$(PY)'; test $$n -le 1 || launch="$(VENV)/bin/torchrun --standalone --nproc_per_node=$$n"; \
-	set -x; $$launch train.py $(CONFIG) $$overlay $(ARGS)
+	set -x; $$launch train.py $(CONFIG) $$overlay $(if $(DATASET),--dataset=$(DATASET)) $(ARGS)
 
 train-%:
 	@$(MAKE) --no-print-directory train CONFIG=$(RECIPE)

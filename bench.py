@@ -52,7 +52,7 @@ import torch
 
 import muon
 from data.loader import Loader
-from data.tokenizer import dataset_meta
+from data.tokenizer import dataset_meta, model_vocab_size
 from device import DTYPES, autocast, memory_gb, peak_flops, resolve, tune
 from generate import stream
 from model import GPT, GPTConfig
@@ -151,7 +151,7 @@ if mode == 'generate':
 if real_data:
     data_dir = os.path.join('data', dataset)
     meta = dataset_meta(data_dir)
-    vocab_size = meta['vocab_size'] if 'stoi' in meta and 'vocab_size' not in given else vocab_size
+    vocab_size = vocab_size if 'vocab_size' in given else model_vocab_size(meta)
     batches = Loader(os.path.join(data_dir, 'train.bin'), block_size, batch_size, vocab_size, seed).train_batches(itertools.count(), device)
 else:
     X, Y = torch.randint(vocab_size, (2, batch_size, block_size), device=device)

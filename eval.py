@@ -37,7 +37,7 @@ import checkpoint as ckpt
 import parallel
 from data.lines import LONGEST, read_lines, read_questions
 from data.loader import Loader
-from data.tokenizer import byte_counts, check_meta, dataset_meta, from_meta
+from data.tokenizer import byte_counts, check_meta, dataset_meta, from_meta, same_tokenizer
 from device import DTYPES, autocast, resolve, tune
 from generate import stream
 from ops import pack
@@ -64,7 +64,7 @@ if not dataset:
     raise ValueError(f'{source} was not trained on a dataset of ours; name one: --dataset=...')
 data_dir = os.path.join('data', dataset)
 meta = check_meta(loaded.get('meta') or dataset_meta(data_dir), source)
-if os.path.exists(os.path.join(data_dir, 'meta.pkl')) and dataset_meta(data_dir) != meta:
+if os.path.exists(os.path.join(data_dir, 'meta.pkl')) and not same_tokenizer(dataset_meta(data_dir), meta):
     raise ValueError(f'{source}: the weights were trained with another vocabulary than that of {data_dir}')
 tokenizer = from_meta(meta)
 mark = trained.get('mask_before_token', '')

@@ -96,7 +96,7 @@ import muon
 import parallel
 from data.lines import read_lines
 from data.loader import Loader, deal, micro_batches
-from data.tokenizer import dataset_meta
+from data.tokenizer import dataset_meta, model_vocab_size, same_tokenizer
 from device import autocast, memory_gb, peak_flops, resolve, tune
 from model import GPT, GPTConfig
 from runlog import RunLog, health, say
@@ -129,13 +129,13 @@ asked = {name: config[name] for name in (*GPTConfig.__dataclass_fields__, 'd_hea
 
 if init_from == 'scratch':
     n_head, n_embd = ckpt.resolve_sizes(asked, default=(n_head, n_embd))
-    vocab_size = vocab_size if 'stoi' not in meta or 'vocab_size' in given else meta['vocab_size']
+    vocab_size = vocab_size if 'vocab_size' in given else model_vocab_size(meta)
     sizes = {**config, 'n_head': n_head, 'n_embd': n_embd, 'vocab_size': vocab_size}
     model, loaded = GPT(GPTConfig(**{name: sizes[name] for name in GPTConfig.__dataclass_fields__})), {}
 else: # this run's own checkpoint to go on with, or other weights to fine-tune
     source = own if init_from == 'resume' else init_from
     model, loaded = ckpt.open_model(source, dropout=dropout, attn_dropout=attn_dropout)
-    if (loaded.get('meta') or meta) != meta:
+    if not same_tokenizer(loaded.get('meta') or meta, meta):
         raise ValueError(f'{source}: the weights were trained with another vocabulary than that of {data_dir}')
     ckpt.fit_sizes(model, asked, source)
 model.gradient_checkpointing = gradient_checkpointing

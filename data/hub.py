@@ -1,17 +1,19 @@
-"""Documents from a Parquet dataset of the Hugging Face hub, or from local Parquet files, to train.bin and val.bin."""
+"""Documents from a dataset of the Hugging Face hub, or from local Parquet files, to train.bin and val.bin."""
 
-from .tokenizer import write_documents
+from .write import Piece, write_documents
 
 
-def prepare(hub_name, data_files, column, streaming, output_dir, val_every, **where):
+def load_documents(hub_name, column, streaming, data_files='', **where):
     """
-    Write a dataset in GPT-2's BPE, one document in `val_every` held out. Interrupted and repeated, it goes on where it was.
+    The `datasets` dataset of a name of the hub, or of local Parquet files (a glob).
 
-    hub_name: a dataset of the hub; data_files: local files to read instead, a glob; column: what holds the text
-    streaming: read over the network as it goes, without a cache on disk; where: more for load_dataset (name, revision)
-    Raises OSError where the documents cannot be reached, ValueError where they have no such column.
+    where: more for load_dataset (name, revision)
+    Raises OSError where it cannot be reached, ValueError where it has no such column.
     """
+    import logging
+
     from datasets import load_dataset
+    logging.getLogger('huggingface_hub').setLevel(logging.ERROR) # what it retries is not the user's to read
     try:
         if data_files:
             documents = load_dataset('parquet', data_files=data_files, split='train', streaming=streaming)
@@ -21,10 +23,27 @@ def prepare(hub_name, data_files, column, streaming, output_dir, val_every, **wh
         raise OSError(f'{data_files or hub_name} cannot be loaded: {e}') from e
     if column not in (documents.column_names or [column]):
         raise ValueError(f'no column {column!r} in {data_files or hub_name}; it has {", ".join(documents.column_names)}')
+    return documents
+
+
+def prepare(hub_name, data_files, column, streaming, output_dir, val_every, **where):
+    """
+    Write a dataset in GPT-2's BPE, one document in `val_every` held out. Interrupted and repeated, it goes on where it was.
+
+    hub_name: a dataset of the hub; data_files: local files to read instead, a glob; column: what holds the text
+    streaming: read over the network as it goes, without a cache on disk; where: more for load_dataset (name, revision)
+    """
+    documents = load_documents(hub_name, column, streaming, data_files, **where)
+
+    def pieces_after(n):
+        for batch in documents.skip(n).iter(batch_size=1000):
+            for text in batch[column]:
+                yield Piece(text, 'val' if n % val_every == val_every - 1 else 'train', ends=True)
+                n += 1
+
     write_documents(
-        output_dir,
-        lambda done: (batch[column] for batch in documents.skip(done).iter(batch_size=1000)),
-        total=None if streaming else len(documents),
+        output_dir, pieces_after,
         source=':'.join([data_files or hub_name, *where.values(), column, str(val_every)]),
-        val_every=val_every,
+        total=None if streaming else len(documents),
+        few=f'too few documents to hold out one in {val_every}; lower --val_every',
     )

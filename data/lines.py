@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.tokenizer import char_meta, from_meta, write_whole
+from data.tokenizer import char_meta, dataset_meta, from_meta, write_whole
 
 ASCII = char_meta('\n' + ''.join(map(chr, range(32, 127)))) # one vocabulary for all tasks, so that a model can go from one to the next
 LONGEST = 64 # characters of a line
@@ -135,7 +135,7 @@ def read_questions(path, lines, most):
     Up to `most` lines of a .bin file, spread evenly over it: [(question with its mark, answer)], as lists of
     token ids; lines without a mark are left out.
     """
-    tokens = np.fromfile(path, dtype=np.uint16)
+    tokens = np.fromfile(path, dtype=dataset_meta(os.path.dirname(path)).get('dtype', 'uint16'))
     ends = np.flatnonzero(lines.newline[tokens])
     starts = np.append(0, ends[:-1] + 1)
     found = []

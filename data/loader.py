@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from data.lines import find_starts, mask_targets
+from data.tokenizer import dataset_meta
 
 
 def mix(x):
@@ -65,7 +66,7 @@ def deal(iteration, most, warmup_iters, rank, world_size):
 
 
 class Loader:
-    """One split's tokens, a .bin file of uint16, cut into training batches and fixed validation windows."""
+    """One split's tokens, a .bin file of uint16 or what the meta.pkl beside it records, cut into training batches and fixed validation windows."""
 
     def __init__(self, path, block_size, batch_size, vocab_size, seed=1337, lines=None):
         """
@@ -76,12 +77,14 @@ class Loader:
         folder = os.path.dirname(path)
         if not os.path.isfile(path):
             raise FileNotFoundError(f'{path} not found; prepare the dataset first: python {folder}/prepare.py')
-        if os.path.getsize(path) % 2:
-            raise ValueError(f'{path} has an odd number of bytes, so it is no file of uint16; prepare the dataset again: python {folder}/prepare.py')
-        if os.path.getsize(path) // 2 < block_size + 1:
-            raise ValueError(f'{path} has {os.path.getsize(path) // 2:,} tokens, block_size={block_size} needs at least {block_size + 1:,}; lower --block_size')
+        dtype = np.dtype(dataset_meta(folder).get('dtype', 'uint16'))
+        count, rest = divmod(os.path.getsize(path), dtype.itemsize)
+        if rest:
+            raise ValueError(f'{path} has {os.path.getsize(path):,} bytes, so it is no file of {dtype}; prepare the dataset again: python {folder}/prepare.py')
+        if count < block_size + 1:
+            raise ValueError(f'{path} has {count:,} tokens, block_size={block_size} needs at least {block_size + 1:,}; lower --block_size')
         self.path, self.block_size, self.batch_size, self.vocab_size, self.seed = path, block_size, batch_size, vocab_size, seed
-        self.tokens = np.memmap(path, dtype=np.uint16, mode='r')
+        self.tokens = np.memmap(path, dtype=dtype, mode='r')
         self.windows = np.lib.stride_tricks.sliding_window_view(self.tokens, block_size + 1)  # (N - T, T + 1), a view
         self.check(self.tokens if lines else self.tokens[:50_000_000])  # the rest is checked batch by batch
         self.lines = lines

@@ -1,6 +1,6 @@
 """
-Text to token ids and back, and the files that carry them: train.bin and val.bin (uint16, no
-header) and, for character vocabularies, meta.pkl (vocab_size, stoi, itos).
+Text to token ids and back, and what tells how: the meta of a dataset, a dict of plain data in its meta.pkl, which
+travels in checkpoints. Without meta.pkl the tokens are GPT-2's BPE.
 """
 
 import json
@@ -17,33 +17,135 @@ GPT2 = {'tokenizer': 'gpt2', 'vocab_size': 50257}  # the meta of a dataset witho
 
 
 class Tokenizer(NamedTuple):
-    encode: Callable[[str], list[int]]
+    encode: Callable[[str], list[int]] # <|endoftext|> stands for itself
     decode: Callable[[list[int]], str]
     vocab_size: int
+    to_array: Callable[[str], np.ndarray] # for documents, faster: whatever they hold is text
+    eot: int | None # the id of <|endoftext|>, between documents
 
 
 def from_meta(meta):
-    """The tokenizer that a meta dict describes: a character vocabulary, or GPT-2's BPE."""
-    if meta.get('tokenizer') == 'gpt2':
-        bpe = gpt2_encoding()
-        return Tokenizer(lambda text: bpe.encode(text, allowed_special={'<|endoftext|>'}), bpe.decode, bpe.n_vocab)
+    """The tokenizer that a meta dict describes: characters ('stoi', 'itos'), or what meta['tokenizer'] names."""
+    kind, eot = meta.get('tokenizer'), meta.get('eot')
+    if kind in ('gpt2', 'tiktoken'):
+        bpe = gpt2_encoding() if kind == 'gpt2' else tiktoken_encoding(meta['name'])
+        return Tokenizer(lambda text: bpe.encode(text, allowed_special={'<|endoftext|>'}, disallowed_special=()), bpe.decode, bpe.n_vocab,
+                         lambda text: bpe.encode_to_numpy(text, disallowed_special=()), bpe.eot_token)
+    if kind == 'byte':
+        return Tokenizer(lambda text: list(text.encode()), lambda ids: bytes(i for i in ids if i < 256).decode('utf-8', 'replace'), 257,
+                         lambda text: np.frombuffer(text.encode(), dtype=np.uint8), 256)
+    if kind == 'json': # the file format of the package tokenizers, and so of the Hugging Face hub
+        import tokenizers
+        bpe, plain = tokenizers.Tokenizer.from_str(meta['json']), tokenizers.Tokenizer.from_str(meta['json'])
+        plain.encode_special_tokens = True
+        return Tokenizer(lambda text: bpe.encode(text, add_special_tokens=False).ids, lambda ids: bpe.decode(ids, skip_special_tokens=False),
+                         meta['vocab_size'], lambda text: np.array(plain.encode(text, add_special_tokens=False).ids, dtype=np.uint32), eot)
     stoi, itos = meta['stoi'], meta['itos']
+    table = np.full(0x110000, -1, dtype=np.int32) # id of each code point
+    for c, i in stoi.items():
+        if i != eot:
+            table[ord(c)] = i
 
-    def encode(text):
-        missing = sorted(set(text) - set(stoi))
-        if missing:
-            raise ValueError(f'the vocabulary lacks {", ".join(map(repr, missing[:5]))}; it has {"".join(sorted(stoi))!r}')
-        return [stoi[c] for c in text]
+    def to_array(text):
+        ids = table[np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), dtype=np.uint32)]
+        if len(ids) and ids.min() < 0:
+            missing = sorted(set(text) - set(stoi))
+            raise ValueError(f'the vocabulary lacks {", ".join(map(repr, missing[:5]))}; it has {"".join(sorted(set(stoi) - {itos.get(eot)}))!r}')
+        return ids
 
-    return Tokenizer(encode, lambda ids: ''.join(itos[i] for i in ids), meta['vocab_size'])
+    return Tokenizer(lambda text: to_array(text).tolist(), lambda ids: ''.join(itos[i] for i in ids), meta['vocab_size'], to_array, eot)
 
 
 def byte_counts(meta):
-    """How many bytes of UTF-8 each token id of a meta stands for, a list; <|endoftext|> is no text."""
-    if meta.get('tokenizer') == 'gpt2':
-        bpe = gpt2_encoding()
-        return [len(bpe.decode_single_token_bytes(i)) * (i != bpe.eot_token) for i in range(bpe.n_vocab)]
-    return [len(meta['itos'][i].encode('utf-8', 'replace')) for i in range(meta['vocab_size'])]
+    """How many bytes of UTF-8 each token id of a meta stands for, a list; <|endoftext|> and the like are no text."""
+    tokenizer = from_meta(meta)
+    if meta.get('tokenizer') in ('gpt2', 'tiktoken'):
+        bpe = gpt2_encoding() if meta['tokenizer'] == 'gpt2' else tiktoken_encoding(meta['name'])
+        counts = {i: len(bpe.decode_single_token_bytes(i)) for i in (bpe.encode_single_token(t) for t in bpe.token_byte_values())}
+        return [counts.get(i, 0) for i in range(bpe.n_vocab)]
+    if meta.get('tokenizer') == 'json':
+        import tokenizers
+        bpe = tokenizers.Tokenizer.from_str(meta['json'])
+        bytewise = 'ByteLevel' in str(json.loads(meta['json'])['decoder']) # each character of such a token is a byte
+        special = {i for i, token in bpe.get_added_tokens_decoder().items() if token.special}
+        tokens = [None if i in special else bpe.id_to_token(i) for i in range(meta['vocab_size'])]
+        return [0 if t is None else len(t) if bytewise else len(t.replace('\u2581', ' ').encode()) for t in tokens]
+    if meta.get('tokenizer') == 'byte':
+        return [1] * 256 + [0]
+    return [0 if i == tokenizer.eot else len(meta['itos'][i].encode('utf-8', 'replace')) for i in range(meta['vocab_size'])]
+
+
+def make_meta(tokenizer, vocab_size=None, texts=(), characters=None):
+    """
+    The meta that a user's words describe: 'char' (over the set `characters`, several documents apart by <|endoftext|>), 'byte',
+    'gpt2', a name that tiktoken knows, a tokenizer.json, a folder or a name of the Hugging Face hub, or 'train': a byte-level
+    BPE of `vocab_size` ids learned from `texts` (an iterable). A ValueError where it is none of these.
+    """
+    import tiktoken
+    if tokenizer == 'char':
+        meta = char_meta(''.join(characters - {'<|endoftext|>'}))
+        if '<|endoftext|>' in characters:
+            eot = meta['vocab_size']
+            meta = {'vocab_size': eot + 1, 'stoi': {**meta['stoi'], '<|endoftext|>': eot}, 'itos': {**meta['itos'], eot: '<|endoftext|>'}, 'eot': eot}
+    elif tokenizer == 'byte':
+        meta = {'tokenizer': 'byte', 'vocab_size': 257}
+    elif tokenizer == 'gpt2':
+        meta = dict(GPT2)
+    elif tokenizer == 'train':
+        from tokenizers import Tokenizer as BPE, decoders, models, pre_tokenizers, trainers
+        bpe = BPE(models.BPE())
+        bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=['<|endoftext|>'], show_progress=False,
+                                                           initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+        meta = {'tokenizer': 'json', 'json': bpe.to_str(), 'vocab_size': bpe.get_vocab_size(), 'eot': 0}
+    elif tokenizer in tiktoken.list_encoding_names():
+        meta = {'tokenizer': 'tiktoken', 'name': tokenizer, 'vocab_size': tiktoken_encoding(tokenizer).n_vocab}
+    else:
+        meta = hub_meta(tokenizer)
+    return {**meta, 'dtype': 'uint16' if meta['vocab_size'] <= 65536 else 'uint32'}
+
+
+def hub_meta(name):
+    """The meta of a tokenizer.json, or of a folder or name that transformers.AutoTokenizer knows."""
+    import tokenizers
+    try:
+        if os.path.isfile(name):
+            bpe, ends = tokenizers.Tokenizer.from_file(name), None
+        else:
+            import logging
+
+            from transformers import AutoTokenizer
+            logging.getLogger('huggingface_hub').setLevel(logging.ERROR)
+            whole = AutoTokenizer.from_pretrained(name)
+            bpe, ends = whole.backend_tokenizer, whole.eos_token
+    except Exception as e: # of many kinds
+        raise ValueError(f"tokenizer={name!r} is none of 'char', 'byte', 'gpt2', 'train', tiktoken's names, a tokenizer.json, "
+                         f'or a tokenizer of the Hugging Face hub within reach ({(str(e).strip() or type(e).__name__).splitlines()[0]})') from e
+    ids = [bpe.token_to_id(token) for token in (ends, '<|endoftext|>', '<|end_of_text|>', '</s>', '<eos>') if token]
+    eot = next((i for i in ids if i is not None), None)
+    if eot is None:
+        raise ValueError(f'tokenizer={name!r} has no token to end documents with, such as <|endoftext|>')
+    return {'tokenizer': 'json', 'json': bpe.to_str(), 'vocab_size': max(bpe.get_vocab().values()) + 1, 'eot': eot}
+
+
+def tiktoken_encoding(name):
+    """tiktoken's encoding of this name; OSError where it cannot be downloaded."""
+    import tiktoken
+    try:
+        return tiktoken.get_encoding(name)
+    except Exception as e: # requests has many kinds
+        raise OSError(f'the tokenizer {name} cannot be downloaded: {str(e).splitlines()[0]}') from e
+
+
+def model_vocab_size(meta):
+    """How many token ids a model for this tokenizer gets: of BPEs a multiple of 64, which multiplies faster."""
+    return meta['vocab_size'] if 'stoi' in meta else -(-meta['vocab_size'] // 64) * 64
+
+
+def same_tokenizer(meta, other):
+    """Do both mean the same text by the same ids?"""
+    plain = lambda meta: {name: value for name, value in meta.items() if name != 'dtype'}
+    return plain(meta) == plain(other)
 
 
 def char_meta(text):
@@ -77,11 +179,14 @@ def dataset_meta(folder):
 
 def check_meta(meta, where):
     """`meta` itself if it describes a tokenizer, else a ValueError that names `where` it came from."""
-    if isinstance(meta, dict) and (meta.get('tokenizer') == 'gpt2' or isinstance(meta.get('stoi'), dict)
-                                   and isinstance(meta.get('itos'), dict) and isinstance(meta.get('vocab_size'), int)
-                                   and set(meta['itos']) == set(range(meta['vocab_size'])) == set(meta['stoi'].values())):
-        return meta
-    raise ValueError(f'{where} refused: it needs vocab_size, stoi and itos that agree; prepare the dataset again')
+    keys = {'gpt2': {}, 'byte': {}, 'tiktoken': {'name': str}, 'json': {'json': str, 'eot': int}}
+    if isinstance(meta, dict) and isinstance(meta.get('vocab_size'), int) and meta.get('dtype', 'uint16') in ('uint16', 'uint32'):
+        if meta.get('tokenizer') in keys and all(isinstance(meta.get(name), kind) for name, kind in keys[meta['tokenizer']].items()):
+            return meta
+        if (isinstance(meta.get('stoi'), dict) and isinstance(meta.get('itos'), dict)
+                and set(meta['itos']) == set(range(meta['vocab_size'])) == set(meta['stoi'].values())):
+            return meta
+    raise ValueError(f'{where} refused: it needs vocab_size, stoi and itos that agree, or the name of a tokenizer; prepare the dataset again')
 
 
 def gpt2_encoding():
@@ -143,75 +248,3 @@ def write_whole(path, write):
     finally:
         if os.path.exists(partial):
             os.remove(partial)
-
-
-def to_uint16(ids):
-    """A list or array of token ids as a uint16 array; an id that does not fit raises a ValueError."""
-    ids = np.asarray(ids)
-    if len(ids) and (ids.min() < 0 or ids.max() > 65535):
-        worst = ids.max() if ids.max() > 65535 else ids.min()
-        raise ValueError(f'token id {worst} does not fit uint16 (0 to 65535); use a vocabulary of at most 65,536 tokens')
-    return ids.astype(np.uint16)
-
-
-def write_dataset(folder, text, meta=None, val_share=0.1):
-    """
-    Write train.bin and val.bin for one text, the last `val_share` of its characters held out, and
-    meta.pkl when a character vocabulary is given (without one the tokens are GPT-2's BPE).
-    """
-    print(f'{os.path.relpath(folder)}/input.txt: {len(text):,} characters')
-    tokenizer = from_meta(meta or GPT2)
-    cut = int(len(text) * (1 - val_share))
-    ids = {'train': to_uint16(tokenizer.encode(text[:cut])), 'val': to_uint16(tokenizer.encode(text[cut:]))}
-    if meta: # first, so that no .bin is ever there without the vocabulary it was written with
-        write_whole(os.path.join(folder, 'meta.pkl'), lambda f: pickle.dump(meta, f))
-        print(f'{os.path.relpath(folder)}/meta.pkl: {meta["vocab_size"]} symbols: {"".join(meta["stoi"])!r}')
-    for split in ids:
-        write_whole(os.path.join(folder, f'{split}.bin'), ids[split].tofile)
-        print(f'{os.path.relpath(folder)}/{split}.bin: {len(ids[split]):,} tokens')
-
-
-def write_documents(folder, batches_after, total, source, val_every):
-    """
-    Write train.bin and val.bin from documents, GPT-2's BPE with <|endoftext|> after each, on all
-    cores, one batch in memory at a time. Where an earlier call was interrupted, this one goes on.
-
-    batches_after: function(n) -> iterator over lists of texts, from document n on
-    total: number of documents for the progress bar, or None
-    source: what the documents are; progress made on another source is thrown away
-    val_every: document i goes to val.bin when i % val_every == val_every - 1
-    """
-    from tqdm import tqdm
-    bpe = gpt2_encoding()
-    paths = {split: os.path.join(folder, f'{split}.bin') for split in ('train', 'val')}
-    journal = os.path.join(folder, 'progress.json')
-    progress = {'source': source, 'documents': 0, 'train': 0, 'val': 0}
-    if os.path.exists(journal):
-        with open(journal, encoding='utf-8') as f:
-            saved = json.load(f)
-        whole = all(os.path.exists(p + '.partial') and os.path.getsize(p + '.partial') >= 2 * saved[s] for s, p in paths.items())
-        progress = saved if whole and saved['source'] == source else progress
-    files = {}
-    for split in paths:
-        files[split] = open(paths[split] + '.partial', 'ab')
-        files[split].truncate(2 * progress[split])
-    with tqdm(total=total, initial=progress['documents'], unit='doc', desc='tokenizing') as bar:
-        for texts in batches_after(progress['documents']):
-            first = progress['documents']
-            for i, ids in enumerate(bpe.encode_ordinary_batch(list(texts), num_threads=os.cpu_count())):
-                split = 'val' if (first + i) % val_every == val_every - 1 else 'train'
-                to_uint16(ids + [bpe.eot_token]).tofile(files[split])
-                progress[split] += len(ids) + 1
-            progress['documents'] += len(texts)
-            for f in files.values():
-                f.flush()
-            write_whole(journal, lambda f: f.write(json.dumps(progress).encode('utf-8')))
-            bar.update(len(texts))
-    for split in files:
-        files[split].close()
-    if not progress['train'] or not progress['val']:
-        raise ValueError(f'{progress["documents"]:,} documents are too few to hold out one in {val_every}; lower --val_every')
-    for split in paths:
-        os.replace(paths[split] + '.partial', paths[split])
-        print(f'{os.path.relpath(paths[split])}: {progress[split]:,} tokens')
-    os.remove(journal)

@@ -1,13 +1,15 @@
 import json
 import os
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import tiktoken
 
 from data import tokenizer
-from data.tokenizer import char_meta, from_meta, load_meta, to_uint16, write_dataset, write_documents, write_whole
+from data.tokenizer import char_meta, from_meta, load_meta, write_whole
+from data.write import Piece, to_uint16, write_dataset, write_documents
 
 
 @pytest.fixture
@@ -79,43 +81,45 @@ def test_a_character_dataset_splits_90_to_10(tmp_path, capsys):
 DOCUMENTS = [f'document number {i} ' * (i % 5) for i in range(2500)]
 
 
-def batches_after(n):
-    return (DOCUMENTS[i:i + 100] for i in range(n, len(DOCUMENTS), 100))
+def pieces_after(n):
+    return (Piece(text, 'val' if i % 50 == 49 else 'train', ends=True) for i, text in enumerate(DOCUMENTS) if i >= n)
 
 
 def test_documents_end_with_endoftext_and_every_nth_is_held_out(tmp_path, fake_bpe):
-    write_documents(str(tmp_path), batches_after, len(DOCUMENTS), 'here', val_every=50)
+    write_documents(str(tmp_path), pieces_after, 'here')
     train, val = (np.fromfile(tmp_path / f'{s}.bin', dtype=np.uint16) for s in ('train', 'val'))
     assert (train == 256).sum() == 2450 and (val == 256).sum() == 50
     assert fake_bpe.decode(val.tolist()).split('<|endoftext|>')[1] == DOCUMENTS[99]
     assert sorted(os.listdir(tmp_path)) == ['train.bin', 'val.bin']
 
 
-def test_interrupted_tokenizing_goes_on_to_the_same_files(tmp_path, fake_bpe):
+def test_interrupted_tokenizing_goes_on_to_the_same_files(tmp_path, fake_bpe, monkeypatch):
+    monkeypatch.setattr(os, 'cpu_count', lambda: 0) # nothing waits
     def interrupted(n):
-        for i, batch in enumerate(batches_after(n)):
-            if i == 7:
+        for i, piece in enumerate(pieces_after(n)):
+            if i == 1100:
                 raise KeyboardInterrupt
-            yield batch
+            yield piece
     (tmp_path / 'a').mkdir(), (tmp_path / 'b').mkdir()
-    write_documents(str(tmp_path / 'a'), batches_after, len(DOCUMENTS), 'here', val_every=50)
+    monkeypatch.setattr('data.write.ThreadPoolExecutor', lambda n: ThreadPoolExecutor(2))
+    write_documents(str(tmp_path / 'a'), pieces_after, 'here')
     asked = []
-    for source in (interrupted, interrupted, batches_after):
+    for source in (interrupted, interrupted, pieces_after):
         try:
-            write_documents(str(tmp_path / 'b'), lambda n: asked.append(n) or source(n), len(DOCUMENTS), 'here', val_every=50)
+            write_documents(str(tmp_path / 'b'), lambda n: asked.append(n) or source(n), 'here')
         except KeyboardInterrupt:
-            assert json.loads((tmp_path / 'b' / 'progress.json').read_text())['documents'] == asked[-1] + 700
+            assert json.loads((tmp_path / 'b' / 'progress.json').read_text())['pieces'] == asked[-1] + 1000
             with open(tmp_path / 'b' / 'train.bin.partial', 'ab') as f:
                 f.write(b'half a batch') # what a kill between two notes in the journal leaves behind
-    assert asked == [0, 700, 1400]
+    assert asked == [0, 1000, 2000]
     for split in ('train', 'val'):
         assert (tmp_path / 'a' / f'{split}.bin').read_bytes() == (tmp_path / 'b' / f'{split}.bin').read_bytes()
 
 
-def test_too_few_documents_to_hold_one_out_is_said(tmp_path, fake_bpe):
-    with pytest.raises(ValueError, match='too few to hold out one in 9999'):
-        write_documents(str(tmp_path), batches_after, len(DOCUMENTS), 'here', val_every=9999)
-    assert not (tmp_path / 'train.bin').exists()
+def test_too_few_documents_to_hold_one_out_is_said_and_leaves_nothing(tmp_path, fake_bpe):
+    with pytest.raises(ValueError, match='too few of them'):
+        write_documents(str(tmp_path), lambda n: iter([Piece('a', 'train', True)]), 'here', few='too few of them')
+    assert not os.listdir(tmp_path)
 
 
 def test_gpt2_bpe_has_its_known_ids():

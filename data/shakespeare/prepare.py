@@ -12,7 +12,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
 
 from configurator import configure
 from data.shakespeare_char.prepare import shakespeare_text
-from data.tokenizer import write_dataset
+from data.write import write_dataset
 
 if __name__ == '__main__':
     configure(globals())

