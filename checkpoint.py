@@ -9,12 +9,13 @@ import errno
 import glob
 import itertools
 import os
+import re
 import shutil
 import zipfile
 
 import torch
 
-from data.tokenizer import GPT2, write_whole
+from data.tokenizer import write_whole
 from model import GPT, GPTConfig
 from parallel import agree, any_rank, shard_like
 from runlog import say
@@ -127,47 +128,24 @@ def load(path):
     return checkpoint
 
 
+def is_hub_name(source):
+    """Does `source` read like a model of the Hugging Face hub, such as gpt2-xl or owner/name, and not like a file?"""
+    return not os.path.exists(source) and (source.startswith('gpt2') or bool(re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', source))
+                                           and not source.startswith('out') and not source.endswith('.pt'))
+
+
 def open_model(source, **dropouts):
     """
-    (model, checkpoint) from a path to a checkpoint, a GPT-2 name, or a folder with a GPT2LMHeadModel.
-
-    For the latter two the checkpoint holds no more than the tokenizer's meta, if it is known. `dropouts`:
-    today's dropout and attn_dropout, none unless given.
+    (model, checkpoint) from a path to a checkpoint, or from weights in the format of transformers: a folder, or a
+    name of the hub. For the latter the checkpoint holds no more than the tokenizer's meta, if it is known.
+    `dropouts`: today's dropout and attn_dropout, none unless given.
     """
-    if os.path.exists(os.path.join(source, 'config.json')):
-        return from_pretrained(source, dropouts), {}
-    if source.startswith('gpt2') and not os.path.exists(source):
-        return from_pretrained(source, dropouts), {'meta': GPT2}
+    if os.path.exists(os.path.join(source, 'config.json')) or is_hub_name(source):
+        from convert import from_pretrained # with transformers, which takes seconds to load
+        model, meta = from_pretrained(source, dropouts)
+        return model, {'meta': meta} if meta else {}
     checkpoint = load(source)
     return build_model(checkpoint, **dropouts), checkpoint
-
-
-def from_pretrained(name, override_args=None):
-    """
-    GPT-2 with OpenAI's weights, through transformers.
-
-    name: 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a local folder with a GPT2LMHeadModel
-    override_args: dropout and attn_dropout at most; everything else is as it was trained
-    Raises ValueError when the name is none of these or the hub cannot be reached.
-    """
-    names = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
-    if name not in names and not os.path.isdir(name):
-        raise ValueError(f'{name!r} is neither a local folder nor one of {", ".join(names)}')
-    assert set(override_args or {}) <= {'dropout', 'attn_dropout'}, f'cannot override {override_args} of pretrained weights'
-    from transformers import GPT2LMHeadModel
-    try:
-        source = GPT2LMHeadModel.from_pretrained(name, dtype=torch.float32)
-    except Exception as e: # the hub's client and safetensors raise many kinds
-        raise ValueError(f'cannot load {name}: {str(e).strip().splitlines()[0]}') from e
-    hf = source.config
-    model = GPT(GPTConfig(block_size=hf.n_positions, vocab_size=hf.vocab_size, n_layer=hf.n_layer, n_head=hf.n_head,
-                          n_embd=hf.n_embd, bias=True, **(override_args or {})))
-    theirs = source.state_dict()
-    conv1d = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight') # kept (in, out) there
-    with torch.no_grad():
-        for name, ours in model.state_dict().items():
-            ours.copy_(theirs[name].t() if name.endswith(conv1d) else theirs[name])
-    return model
 
 
 def build_model(checkpoint, dropout=0.0, attn_dropout=None):

@@ -102,11 +102,13 @@ def make_meta(tokenizer, vocab_size=None, texts=(), characters=None):
         meta = {'tokenizer': 'tiktoken', 'name': tokenizer, 'vocab_size': tiktoken_encoding(tokenizer).n_vocab}
     else:
         meta = hub_meta(tokenizer)
+        if meta['eot'] is None:
+            raise ValueError(f'tokenizer={tokenizer!r} has no token to end documents with, such as <|endoftext|>')
     return {**meta, 'dtype': 'uint16' if meta['vocab_size'] <= 65536 else 'uint32'}
 
 
 def hub_meta(name):
-    """The meta of a tokenizer.json, or of a folder or name that transformers.AutoTokenizer knows."""
+    """The meta of a tokenizer.json, or of a folder or name that transformers.AutoTokenizer knows; its eot may be None."""
     import tokenizers
     try:
         if os.path.isfile(name):
@@ -123,8 +125,6 @@ def hub_meta(name):
                          f'or a tokenizer of the Hugging Face hub within reach ({(str(e).strip() or type(e).__name__).splitlines()[0]})') from e
     ids = [bpe.token_to_id(token) for token in (ends, '<|endoftext|>', '<|end_of_text|>', '</s>', '<eos>') if token]
     eot = next((i for i in ids if i is not None), None)
-    if eot is None:
-        raise ValueError(f'tokenizer={name!r} has no token to end documents with, such as <|endoftext|>')
     return {'tokenizer': 'json', 'json': bpe.to_str(), 'vocab_size': max(bpe.get_vocab().values()) + 1, 'eot': eot}
 
 
@@ -179,7 +179,7 @@ def dataset_meta(folder):
 
 def check_meta(meta, where):
     """`meta` itself if it describes a tokenizer, else a ValueError that names `where` it came from."""
-    keys = {'gpt2': {}, 'byte': {}, 'tiktoken': {'name': str}, 'json': {'json': str, 'eot': int}}
+    keys = {'gpt2': {}, 'byte': {}, 'tiktoken': {'name': str}, 'json': {'json': str}}
     if isinstance(meta, dict) and isinstance(meta.get('vocab_size'), int) and meta.get('dtype', 'uint16') in ('uint16', 'uint32'):
         if meta.get('tokenizer') in keys and all(isinstance(meta.get(name), kind) for name, kind in keys[meta['tokenizer']].items()):
             return meta

@@ -6,7 +6,8 @@ from torch.nn import functional as F
 
 import model as model_module
 import ops
-from checkpoint import from_pretrained, resolve_sizes
+from checkpoint import resolve_sizes
+from convert import from_pretrained
 from model import GPT, GPTConfig
 from ops import dropout
 
@@ -33,7 +34,7 @@ def gpt2_of_transformers():
 def test_logits_equal_those_of_transformers_gpt2(tmp_path):
     theirs = gpt2_of_transformers()
     theirs.save_pretrained(tmp_path)
-    ours = from_pretrained(str(tmp_path)).eval()
+    ours = from_pretrained(str(tmp_path))[0].eval()
     idx = torch.randint(101, (4, 32))
     with torch.no_grad():
         assert (ours(idx, idx)[0] - theirs(idx).logits).abs().max() < 1e-4
@@ -42,11 +43,12 @@ def test_logits_equal_those_of_transformers_gpt2(tmp_path):
 
 def test_pretrained_keeps_its_sizes_and_takes_a_dropout(tmp_path):
     gpt2_of_transformers().save_pretrained(tmp_path)
-    cfg = from_pretrained(str(tmp_path), dict(dropout=0.1)).config
+    cfg = from_pretrained(str(tmp_path), dict(dropout=0.1))[0].config
     assert (cfg.block_size, cfg.vocab_size, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.bias, cfg.dropout) == (32, 101, 3, 4, 48, True, 0.1)
 
 
-@pytest.mark.parametrize('name, message', [('gpt3', "'gpt3' is neither"), ('gpt2-xxl', 'is neither'), ('gpt2', 'cannot load gpt2: ')])
+@pytest.mark.parametrize('name, message', [('gpt3', "'gpt3' is neither"), ('gpt2-xxl', 'is neither'), ('gpt2', 'cannot load gpt2: '),
+                                           ('nobody/nothing', 'no such file or folder is here, and from the hub: ')])
 def test_weights_that_cannot_be_had_are_a_one_line_error(name, message, monkeypatch, tmp_path):
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path))

@@ -1,0 +1,261 @@
+"""
+Weights to other people's formats and back.
+
+$ python convert.py --init_from=out-shakespeare-char --output=shakespeare-hf    # for transformers, and all that reads its folders
+$ python convert.py --init_from=gpt2-xl --output=out-xl --to=flatgpt            # a checkpoint for train.py and sample.py
+
+In come our checkpoints and nanoGPT's (a file, or a folder with one), and GPT2LMHeadModel and NanoChatForCausalLM in the
+format of transformers (a folder, or a name of the Hugging Face hub).
+"""
+
+import os
+import tempfile
+
+import torch
+
+from configurator import configure, one_of
+from data.tokenizer import GPT2, from_meta, gpt2_encoding, hub_meta, tiktoken_encoding
+from model import GPT, GPTConfig
+
+# -----------------------------------------------------------------------------
+init_from = 'out' # what to convert: a run's folder, a checkpoint, a folder in the format of transformers, or a name of the hub
+output = '' # the folder to write, which must be new
+to = 'transformers' # or 'flatgpt'
+# -----------------------------------------------------------------------------
+
+# what each architecture of transformers is, in our knobs; the rest is free. Its biases are ours too, where bias=False has zeros
+GPT2_KNOBS = dict(pos='learned', norm='layernorm', activation='gelu', qk_norm=False, tie_embeddings=True, embed_norm=False, logit_cap=0.0, n_kv_head=None)
+NANOCHAT_KNOBS = dict(pos='rotary', norm='rmsnorm', activation='relu2', qk_norm=True, tie_embeddings=False, embed_norm=True, bias=False)
+
+
+def gpt2_names(n_layer):
+    """Which of GPT2LMHeadModel's parameters is which of ours, and whether it is kept (in, out) there: [(theirs, ours, bool)]."""
+    names = ['wte.weight', 'wpe.weight', 'ln_f.weight', 'ln_f.bias'] + [
+        f'h.{i}.{name}.{kind}' for i in range(n_layer) for kind in ('weight', 'bias')
+        for name in ('ln_1', 'attn.c_attn', 'attn.c_proj', 'ln_2', 'mlp.c_fc', 'mlp.c_proj')]
+    return [(f'transformer.{name}', f'transformer.{name}', '.c_' in name and name.endswith('weight')) for name in names]
+
+
+def nanochat_names(n_layer):
+    """Which of NanoChatForCausalLM's parameters are which of ours: [(theirs, ours)]; several of theirs stand below each other in one."""
+    return [(['model.embed_tokens.weight'], 'transformer.wte.weight'), (['lm_head.weight'], 'lm_head.weight')] + [
+        ([f'model.layers.{i}.{name}.weight' for name in theirs], f'transformer.h.{i}.{ours}.weight') for i in range(n_layer) for theirs, ours in (
+            (['self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'], 'attn.c_attn'), (['self_attn.o_proj'], 'attn.c_proj'),
+            (['mlp.fc1'], 'mlp.c_fc'), (['mlp.fc2'], 'mlp.c_proj'))]
+
+
+# -----------------------------------------------------------------------------
+# in
+def from_pretrained(name, override_args=None):
+    """
+    (model, meta of its tokenizer or None) from a GPT2LMHeadModel or a NanoChatForCausalLM.
+
+    name: a folder in the format of transformers, or a name of the hub; all of GPT-2's sizes and what was fine-tuned from them
+    override_args: dropout and attn_dropout at most; everything else is as it was trained
+    Raises ValueError where it cannot be reached, or is another network.
+    """
+    assert set(override_args or {}) <= {'dropout', 'attn_dropout'}, f'cannot override {override_args} of pretrained weights'
+    names = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
+    if name not in names and '/' not in name and not os.path.isdir(name):
+        raise ValueError(f'{name!r} is neither a local folder nor one of {", ".join(names)}')
+    from transformers import AutoConfig, GPT2LMHeadModel, NanoChatForCausalLM
+    quiet()
+    kinds = {'gpt2': (GPT2LMHeadModel, gpt2_config), 'nanochat': (NanoChatForCausalLM, nanochat_config)}
+    try:
+        hf = AutoConfig.from_pretrained(name)
+        if hf.model_type not in kinds:
+            raise ValueError(f'it is a {hf.model_type}, not one of {", ".join(kinds)}')
+        load, convert = kinds[hf.model_type]
+        config = convert(hf)
+        theirs = load.from_pretrained(name, dtype=torch.float32).state_dict()
+    except Exception as e: # the hub's client and safetensors raise many kinds
+        nowhere = '' if os.path.isdir(name) or name in names else 'no such file or folder is here, and from the hub: '
+        raise ValueError(f'cannot load {name}: {nowhere}{(str(e).strip() or type(e).__name__).splitlines()[0]}') from e
+    model = GPT(GPTConfig(**config, **(override_args or {})))
+    weights = model.state_dict()
+    with torch.no_grad():
+        if hf.model_type == 'gpt2':
+            for from_name, to_name, turned in gpt2_names(hf.n_layer):
+                weights[to_name].copy_(theirs[from_name].t() if turned else theirs[from_name])
+        else:
+            for from_names, to_name in nanochat_names(hf.num_hidden_layers):
+                weights[to_name].copy_(torch.cat([theirs[from_name] for from_name in from_names]))
+    return model, tokenizer_of(name)
+
+
+def quiet():
+    """Keep what the libraries of the hub print of their own accord from between our lines."""
+    import logging
+
+    from transformers.utils.logging import disable_progress_bar
+    logging.getLogger('huggingface_hub').setLevel(logging.ERROR)
+    disable_progress_bar()
+
+
+def gpt2_config(hf):
+    """GPTConfig's arguments for a GPT2Config, a ValueError where ours has no such network."""
+    for knob, ours in dict(activation_function='gelu_new', scale_attn_weights=True, tie_word_embeddings=True, layer_norm_epsilon=1e-5,
+                           scale_attn_by_inverse_layer_idx=False, add_cross_attention=False).items():
+        if getattr(hf, knob, ours) != ours:
+            raise ValueError(f'it has {knob}={getattr(hf, knob)!r}, which GPT-2 itself has not')
+    if hf.n_inner not in (None, 4 * hf.n_embd):
+        raise ValueError(f'it has n_inner={hf.n_inner}, which is not 4 * {hf.n_embd}')
+    return dict(block_size=hf.n_positions, vocab_size=hf.vocab_size, n_layer=hf.n_layer, n_head=hf.n_head, n_embd=hf.n_embd, bias=True)
+
+
+def nanochat_config(hf):
+    """GPTConfig's arguments for a NanoChatConfig, a ValueError where ours has no such network."""
+    theta = (hf.rope_parameters or {}).get('rope_theta', 10000.0)
+    for knob, value, ours in (('hidden_act', hf.hidden_act, 'relu2'), ('attention_bias', hf.attention_bias, False), ('rope_theta', theta, 10000.0),
+                              ('intermediate_size', hf.intermediate_size, 4 * hf.hidden_size), ('tie_word_embeddings', hf.tie_word_embeddings, False),
+                              ('rms_norm_eps', hf.rms_norm_eps, 1e-6), ('rope_type', (hf.rope_parameters or {}).get('rope_type', 'default'), 'default')):
+        if value != ours:
+            raise ValueError(f'it has {knob}={value!r}, only {ours!r} has a home here')
+    heads = hf.num_key_value_heads
+    return dict(block_size=hf.max_position_embeddings, vocab_size=hf.vocab_size, n_layer=hf.num_hidden_layers, n_head=hf.num_attention_heads,
+                n_embd=hf.hidden_size, n_kv_head=None if heads == hf.num_attention_heads else heads, logit_cap=hf.final_logit_softcapping or 0.0,
+                **NANOCHAT_KNOBS)
+
+
+def tokenizer_of(name):
+    """The meta of the tokenizer that comes with weights in the format of transformers, GPT2's where it is GPT-2's; None where none comes."""
+    if name in ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'):
+        return dict(GPT2)
+    if os.path.isdir(name) and not any(os.path.exists(os.path.join(name, file)) for file in ('tokenizer.json', 'tokenizer_config.json', 'vocab.json')):
+        return None
+    meta = hub_meta(name)
+    import json
+
+    import tokenizers
+    kind = json.loads(meta['json'])['model']
+    if kind['type'] == 'WordLevel' and all(len(token) == 1 or i == meta['eot'] for token, i in kind['vocab'].items()): # characters
+        return {'vocab_size': meta['vocab_size'], 'stoi': kind['vocab'], 'itos': {i: token for token, i in kind['vocab'].items()},
+                **({'eot': meta['eot']} if meta['eot'] is not None else {})}
+    known = {'Hello': 15496, '\u0120world': 995, '\u0120SolidGoldMagikarp': 43453, '<|endoftext|>': 50256}
+    bpe = tokenizers.Tokenizer.from_str(meta['json'])
+    if meta['vocab_size'] == 50257 and all(bpe.token_to_id(token) == i for token, i in known.items()):
+        return dict(GPT2)
+    return meta
+
+
+# -----------------------------------------------------------------------------
+# out
+def to_transformers(model, meta, folder, figures=None):
+    """
+    Write `model` (a GPT), the tokenizer of `meta` where there is one, a generation config and a model card to a new folder that
+    AutoModelForCausalLM and AutoTokenizer load. figures: what the card tells of the training, a dict.
+
+    Raises ValueError, naming the knobs, for a network that neither GPT2LMHeadModel nor NanoChatForCausalLM is.
+    """
+    from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, NanoChatConfig, NanoChatForCausalLM
+    quiet()
+    cfg, ours = model.config, {name: p.detach().cpu() for name, p in model.state_dict().items()}
+    differs = {home: [f'{name}={getattr(cfg, name)!r}' for name, value in knobs.items() if getattr(cfg, name) != value
+                      and not (name == 'n_kv_head' and cfg.n_kv_head == cfg.n_head)]
+               for home, knobs in (('GPT2LMHeadModel', GPT2_KNOBS), ('NanoChatForCausalLM', NANOCHAT_KNOBS))}
+    if all(differs.values()):
+        raise ValueError('no architecture of transformers is this network: ' + '; '.join(f'{home} has not {", ".join(knobs)}' for home, knobs in differs.items()))
+    eot = from_meta(meta).eot if meta else None
+    theirs = {}
+    if not differs['GPT2LMHeadModel']:
+        sizes = dict(n_positions=cfg.block_size, vocab_size=cfg.vocab_size, n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd, n_inner=4 * cfg.n_embd)
+        attn_dropout = cfg.dropout if cfg.attn_dropout is None else cfg.attn_dropout
+        export = GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=cfg.dropout, embd_pdrop=cfg.dropout, attn_pdrop=attn_dropout, bos_token_id=eot, eos_token_id=eot))
+        for to_name, from_name, turned in gpt2_names(cfg.n_layer):
+            p = ours.get(from_name)
+            theirs[to_name] = torch.zeros(export.state_dict()[to_name].shape) if p is None else p.t() if turned else p
+        theirs['lm_head.weight'] = ours['transformer.wte.weight']
+    else:
+        sizes = dict(max_position_embeddings=cfg.block_size, vocab_size=cfg.vocab_size, num_hidden_layers=cfg.n_layer, num_attention_heads=cfg.n_head,
+                     num_key_value_heads=cfg.n_kv_head or cfg.n_head, hidden_size=cfg.n_embd, intermediate_size=4 * cfg.n_embd)
+        export = NanoChatForCausalLM(NanoChatConfig(**sizes, final_logit_softcapping=cfg.logit_cap or None, bos_token_id=eot, eos_token_id=eot, pad_token_id=eot))
+        kv = (cfg.n_kv_head or cfg.n_head) * (cfg.n_embd // cfg.n_head)
+        for to_names, from_name in nanochat_names(cfg.n_layer):
+            parts = ours[from_name].split((cfg.n_embd, kv, kv)) if len(to_names) > 1 else [ours[from_name]]
+            theirs.update(zip(to_names, parts))
+    export.load_state_dict(theirs)
+    padding = list(range(from_meta(meta).vocab_size, cfg.vocab_size)) if meta else []
+    export.generation_config = GenerationConfig(do_sample=True, temperature=0.8, top_k=200, bos_token_id=eot, eos_token_id=eot, pad_token_id=eot,
+                                                max_new_tokens=200, suppress_tokens=padding or None) # those that nothing stands for
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(os.path.abspath(folder))) as partial:
+        inside = os.path.join(partial, 'whole')
+        export.save_pretrained(inside)
+        if meta:
+            fast_tokenizer(meta, cfg.block_size).save_pretrained(inside)
+        with open(os.path.join(inside, 'README.md'), 'w', encoding='utf-8') as f:
+            f.write(model_card(model, type(export).__name__, os.path.basename(os.path.abspath(folder)), figures or {}))
+        os.replace(inside, folder)
+
+
+def fast_tokenizer(meta, block_size):
+    """The tokenizer of a meta as a transformers.PreTrainedTokenizerFast."""
+    import base64
+
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import TikTokenConverter, bytes_to_unicode
+    kind, eot = meta.get('tokenizer'), '<|endoftext|>'
+    if kind == 'json':
+        bpe = Tokenizer.from_str(meta['json'])
+        eot = bpe.id_to_token(meta['eot'])
+    elif kind == 'byte':
+        letters = bytes_to_unicode()
+        bpe = Tokenizer(models.BPE(vocab={**{letters[i]: i for i in range(256)}, eot: 256}, merges=[]))
+        bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), decoders.ByteLevel()
+    elif kind in ('gpt2', 'tiktoken'):
+        encoding = gpt2_encoding() if kind == 'gpt2' else tiktoken_encoding(meta['name'])
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, 'ranks')
+            with open(path, 'wb') as f:
+                f.writelines(base64.b64encode(token) + b' %d\n' % rank for token, rank in encoding._mergeable_ranks.items())
+            bpe = TikTokenConverter(vocab_file=path, pattern=encoding._pat_str, extra_special_tokens=list(encoding._special_tokens)).converted()
+    else: # every character for itself
+        bpe = Tokenizer(models.WordLevel(meta['stoi']))
+        bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.Split(Regex('[\\s\\S]'), 'isolated'), decoders.Fuse()
+        eot = eot if meta.get('eot') is not None else None
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=eot, eos_token=eot, model_max_length=block_size, clean_up_tokenization_spaces=False)
+
+
+def model_card(model, architecture, name, figures):
+    """A README.md for the hub: what it is, how to load it, what is known of its training."""
+    known = ''.join(f'| {key} | {value} |\n' for key, value in figures.items())
+    return f'''---
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# {name}
+
+A {architecture} of {model.get_num_params() / 1e6:.2f}M parameters, trained with flatgpt.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, tokenizer = AutoModelForCausalLM.from_pretrained('{name}'), AutoTokenizer.from_pretrained('{name}')
+print(tokenizer.decode(model.generate(**tokenizer('The', return_tensors='pt'))[0]))
+```
+
+| training | |
+|---|---|
+{known}'''
+
+
+if __name__ == '__main__':
+    configure(globals())
+    import checkpoint as ckpt
+    one_of(globals(), to=('transformers', 'flatgpt'))
+    if not output or os.path.exists(output):
+        raise ValueError(f'output={output!r} must be a new folder: --output=...')
+    if not os.path.isdir(os.path.dirname(os.path.abspath(output))):
+        raise ValueError(f'output={output!r}: {os.path.dirname(os.path.abspath(output))} is not there')
+    model, loaded = ckpt.open_model(init_from)
+    config, meta = loaded.get('config', {}), loaded.get('meta')
+    if to == 'flatgpt':
+        ckpt.save(os.path.join(output, 'ckpt.pt'), dict(
+            model=model.state_dict(), model_args=vars(model.config), meta=meta, config=config, iter_num=loaded.get('iter_num', 0),
+            best_val_loss=float(loaded.get('best_val_loss', 'inf'))))
+    else:
+        figures = {name: config[name] for name in ('dataset', 'optimizer', 'learning_rate', 'batch_size', 'gradient_accumulation_steps', 'block_size', 'seed')
+                   if name in config}
+        figures = {'iterations': f'{loaded["iter_num"]:,}', 'validation loss (nats per token)': f'{float(loaded["best_val_loss"]):.4f}', **figures} if config else {}
+        to_transformers(model, meta, output, figures)
+    print(f'{output}: {model.get_num_params() / 1e6:.2f}M parameters' + ('' if meta else ', without a tokenizer, since none came with them'))
