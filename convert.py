@@ -176,7 +176,7 @@ def to_transformers(model, meta, folder, figures=None):
     export.load_state_dict(theirs)
     padding = list(range(from_meta(meta).vocab_size, cfg.vocab_size)) if meta else []
     export.generation_config = GenerationConfig(do_sample=True, temperature=0.8, top_k=200, bos_token_id=eot, eos_token_id=eot, pad_token_id=eot,
-                                                max_new_tokens=200, suppress_tokens=padding or None) # those that nothing stands for
+                                                suppress_tokens=padding or None) # those that nothing stands for
     with tempfile.TemporaryDirectory(dir=os.path.dirname(os.path.abspath(folder))) as partial:
         inside = os.path.join(partial, 'whole')
         export.save_pretrained(inside)
@@ -231,7 +231,7 @@ A {architecture} of {model.get_num_params() / 1e6:.2f}M parameters, trained with
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model, tokenizer = AutoModelForCausalLM.from_pretrained('{name}'), AutoTokenizer.from_pretrained('{name}')
-print(tokenizer.decode(model.generate(**tokenizer('The', return_tensors='pt'))[0]))
+print(tokenizer.decode(model.generate(**tokenizer('The', return_tensors='pt'), max_new_tokens=200)[0]))
 ```
 
 | training | |

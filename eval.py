@@ -1,9 +1,10 @@
 """
-Score a trained run, any checkpoint, or GPT-2: loss, perplexity and bits per byte, and for tasks on lines how many
-of them are answered right.
+Score a trained run, any checkpoint, or GPT-2: loss, perplexity and bits per byte, for tasks on lines how many of them
+are answered right, or the benchmarks of the lm-evaluation-harness.
 
 $ python eval.py --out_dir=out-shakespeare-char
 $ python eval.py --out_dir=out-calculator --num_lines=1000
+$ python eval.py --init_from=gpt2 --tasks=lambada_openai,hellaswag,arc_easy,piqa --output=gpt2.json
 $ torchrun --standalone --nproc_per_node=8 eval.py --init_from=gpt2-xl --dataset=openwebtext
 """
 
@@ -19,6 +20,12 @@ eval_iters = 200 # batches for the loss of each split; the whole split when it h
 batch_size = 16 # sequences per batch and process
 num_lines = 10000 # of tasks on lines: lines of the validation split to answer
 show_wrong = 10 # how many wrong answers to show
+# benchmarks, of the package lm_eval
+tasks = '' # its names for them with commas between; they take the place of the losses
+include_path = '' # a folder with tasks of your own, as YAML
+num_fewshot: int | None = None # examples before each question, None: as the task has it
+limit: float | None = None # questions of each task, or below 1 the share of them, None: all
+output = '' # a .json file for the results
 # system
 device = 'auto' # 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto' # 'float32', 'bfloat16', 'float16'
@@ -28,6 +35,7 @@ config, given = configure(globals(), also=('train.py', 'model.py:GPTConfig'),
 
 # -----------------------------------------------------------------------------
 import importlib.util
+import json
 import math
 import os
 
@@ -37,7 +45,7 @@ import checkpoint as ckpt
 import parallel
 from data.lines import LONGEST, read_lines, read_questions
 from data.loader import Loader
-from data.tokenizer import byte_counts, check_meta, dataset_meta, from_meta, same_tokenizer
+from data.tokenizer import byte_counts, check_meta, dataset_meta, from_meta, same_tokenizer, write_whole
 from device import DTYPES, autocast, resolve, tune
 from generate import stream
 from ops import pack
@@ -51,7 +59,7 @@ rank, world_size = parallel.start('auto', device, 600, int(os.environ.get('WORLD
 ctx = autocast(device, dtype)
 
 # -----------------------------------------------------------------------------
-# model, tokenizer and dataset
+# model
 source = ckpt.best(out_dir) if init_from == 'resume' else init_from
 model, loaded = ckpt.open_model(source)
 model.eval().to(device)
@@ -59,6 +67,33 @@ num_params = model.get_num_params()
 if quantize:
     pack(model.to(DTYPES[dtype]), int8=True)
 trained = loaded.get('config', {})
+
+# -----------------------------------------------------------------------------
+# benchmarks
+if tasks:
+    if world_size > 1:
+        raise ValueError('benchmarks run in one process; leave torchrun away')
+    try:
+        import lm_eval
+        from harness import Harness
+    except ImportError as e:
+        raise ValueError(f"--tasks needs the package lm_eval: pip install '.[eval]' ({e})") from e
+    meta = loaded.get('meta') or dataset_meta(os.path.join('data', str(trained.get('dataset')))) # with nanoGPT's comes none
+    if output and not os.path.isdir(os.path.dirname(output) or '.'):
+        raise ValueError(f'output={output!r} must be a file in a folder that is there')
+    try:
+        results = lm_eval.simple_evaluate(
+            Harness(model, from_meta(check_meta(meta, source)), ctx, batch_size), tasks=tasks.split(','), num_fewshot=num_fewshot,
+            limit=limit, log_samples=False, task_manager=lm_eval.tasks.TaskManager(include_path=include_path or None))
+    except Exception as e: # tasks that are unknown, and data that cannot be reached, have many kinds
+        raise ValueError(f'tasks={tasks}: {(str(e).strip() or type(e).__name__).splitlines()[0]}') from e
+    say(lm_eval.utils.make_table(results))
+    if output:
+        write_whole(output, lambda f: f.write(json.dumps({name: results[name] for name in ('results', 'n-shot', 'n-samples', 'versions')}, indent=1, default=str).encode()))
+    raise SystemExit
+
+# -----------------------------------------------------------------------------
+# dataset and tokenizer
 dataset = dataset or trained.get('dataset', '')
 if not dataset:
     raise ValueError(f'{source} was not trained on a dataset of ours; name one: --dataset=...')

@@ -271,7 +271,7 @@ def test_the_compiled_model_trains_on_a_gpu(project):
     (['--lr_schedule=step'], "lr_schedule='step' is none of 'cosine', 'trapezoid'"),
     (['--pos=relative'], "pos='relative' is none of 'learned', 'rotary', 'alibi', 'none'"),
     (['--n_kv_head=3'], 'n_head=2 must be divisible by n_kv_head=3'),
-    (['--dataset=odd'], 'has an odd number of bytes'),
+    (['--dataset=odd'], 'bytes, so it is no file of uint16'),
     (['--init_from=resume', '--out_dir=out-best-only'], 'has no optimizer state to resume with'),
     (['--batch_size=0'], 'batch_size=0 must be at least 1'),
     (['--wandb_log=True'], 'pip install wandb'),
