@@ -124,7 +124,7 @@ for split in ('train', 'val'):
     if not count:
         raise ValueError(f'{data.path}: none of the targets in {eval_iters} batches count')
     say(f'{split:<5} loss {loss:.4f}, perplexity {math.exp(loss):.3f}, {loss / math.log(2) * count / parallel.total(num_bytes).item():.4f} '
-        f'bits per byte, over {count:,.0f} tokens{" of answers" if mark else ""}')
+        f'bits per byte, over {count:,.0f} tokens{" of answers" if data.masked else ""}')
 
 # -----------------------------------------------------------------------------
 # exact match of tasks on lines: each line a question, the mark, an answer

@@ -152,7 +152,7 @@ load_split = lambda split: Loader(os.path.join(data_dir, f'{split}.bin'), block_
 train_data, val_data = load_split('train'), load_split('val')
 say(f'{dataset}: {len(train_data.tokens):,} tokens to train on, {len(val_data.tokens):,} to validate, '
     f'{gradient_accumulation_steps * batch_size * block_size:,} per iteration'
-    + (f', {train_data.targets / batch_size / block_size:.1%} of them targets that count' if mask_before_token else ''))
+    + (f', {train_data.targets / batch_size / block_size:.1%} of them targets that count' if train_data.masked else ''))
 say(f'model: {model.get_num_params() / 1e6:.2f}M parameters on {device}, {dtype}{", compiled" if compile else ""}'
     f'{f", {world_size} processes" if ddp else ""}{", sharded" if fsdp else ""}')
 
@@ -278,7 +278,7 @@ while True:
         with parallel.exchange(model, on=micro_step == micro_steps - 1):
             with ctx:
                 _, loss = model(X, Y)
-                if mask_before_token: # targets weigh the same in whichever micro-batch they are
+                if train_data.masked: # targets weigh the same in whichever micro-batch they are
                     counting = (Y >= 0).sum()
                     loss = torch.where(counting > 0, loss, 0.0) * counting / train_data.targets
                 loss = loss / (count / world_size) if number < count else loss * 0.0 # a rank without its share idles

@@ -88,12 +88,17 @@ class Loader:
         self.windows = np.lib.stride_tricks.sliding_window_view(self.tokens, block_size + 1)  # (N - T, T + 1), a view
         self.check(self.tokens if lines else self.tokens[:50_000_000])  # the rest is checked batch by batch
         self.lines = lines
+        mask = path.removesuffix('.bin') + '.mask' # a byte for each token, whether it counts as a target
+        if os.path.exists(mask) and os.path.getsize(mask) != count:
+            raise ValueError(f'{mask} does not belong to {path}: it has {os.path.getsize(mask):,} tokens, not {count:,}; prepare the dataset again')
+        self.mask = np.lib.stride_tricks.sliding_window_view(np.memmap(mask, dtype=np.uint8, mode='r'), block_size + 1) if os.path.exists(mask) else None
+        self.masked = self.mask is not None or lines is not None and lines.mark is not None # do some targets not count?
         self.starts = find_starts(self.tokens, lines, block_size) if lines and lines.align else None
         self.targets = batch_size * block_size # how many of a batch count, on average
-        if lines and lines.mark is not None:
+        if self.masked:
             share = (self.gather(self.train_starts(0, 4096))[1] >= 0).double().mean().item()
             if not share:
-                raise ValueError(f'{path}: mask_before_token does not occur in 4096 windows, or nothing follows it, so no target counts')
+                raise ValueError(f'{path}: in 4096 windows nothing follows a prompt or mask_before_token, so no target counts')
             self.targets *= share
 
     def check(self, ids):
@@ -108,6 +113,8 @@ class Loader:
         X, Y = windows[:, :-1].astype(np.int64), windows[:, 1:].astype(np.int64) # copies of one piece each, as a GPU wants them
         if self.lines and self.lines.mark is not None:
             Y[~mask_targets(windows, self.lines)] = -1
+        if self.mask is not None:
+            Y[self.mask[starts][:, 1:] == 0] = -1
         return torch.from_numpy(X), torch.from_numpy(Y)
 
     def train_starts(self, first, rows):

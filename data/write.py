@@ -51,9 +51,10 @@ class Piece(NamedTuple):
     split: str # 'train' or 'val'
     ends: bool # does its document end with it?
     size: int = 1 # by how much the progress bar grows
+    counts: bool = True # is it to be learned, or only to be read, as a prompt is?
 
 
-def write_documents(folder, pieces_after, source, meta=None, total=None, unit='doc', few='too few documents to hold any out'):
+def write_documents(folder, pieces_after, source, meta=None, total=None, unit='doc', few='too few documents to hold any out', masked=False):
     """
     Write train.bin and val.bin from documents that come in pieces, with <|endoftext|> after each, on all cores, some
     megabytes in memory at a time. Where an earlier call was interrupted, this one goes on.
@@ -63,30 +64,34 @@ def write_documents(folder, pieces_after, source, meta=None, total=None, unit='d
     meta: of the tokenizer, written to meta.pkl; None: GPT-2's BPE, whose datasets have none
     total: of the progress bar, in units of Piece.size, or None
     few: the error when one of the splits would be empty
+    masked: also write train.mask and val.mask, a byte a token: 1 for those of Pieces that count
     """
     from tqdm import tqdm
     tokenizer, dtype = from_meta(meta or GPT2), (meta or GPT2).get('dtype', 'uint16')
     paths = {split: os.path.join(folder, f'{split}.bin') for split in ('train', 'val')}
+    masks = {split: os.path.join(folder, f'{split}.mask') for split in paths} if masked else {}
     width, journal = np.dtype(dtype).itemsize, os.path.join(folder, 'progress.json')
     progress = {'source': source, 'pieces': 0, 'size': 0, 'train': 0, 'val': 0}
     if os.path.exists(journal):
         with open(journal, encoding='utf-8') as f:
             saved = json.load(f)
-        whole = all(os.path.exists(p + '.partial') and os.path.getsize(p + '.partial') >= width * saved[s] for s, p in paths.items())
+        whole = all(os.path.exists(p + '.partial') and os.path.getsize(p + '.partial') >= n * saved[s] for n, kind in ((width, paths), (1, masks)) for s, p in kind.items())
         progress = saved if whole and saved['source'] == source else progress
     files, noted = {}, time.monotonic()
-    for split in paths:
-        files[split] = open(paths[split] + '.partial', 'ab')
-        files[split].truncate(width * progress[split])
+    for n, kind in ((width, paths), (1, masks)):
+        for split, path in kind.items():
+            files[path] = open(path + '.partial', 'ab')
+            files[path].truncate(n * progress[split])
 
     def encode(pieces):
         """The ids of each split for consecutive pieces, made in a thread; the tokenizers let others run meanwhile."""
-        ids = {'train': [], 'val': []}
+        ids, counts = ({split: [np.zeros(0, kind)] for split in paths} for kind in (dtype, np.uint8))
         for piece in pieces:
-            ids[piece.split].append(tokenizer.to_array(piece.text))
-            if piece.ends and tokenizer.eot is not None:
-                ids[piece.split].append([tokenizer.eot])
-        return {split: np.concatenate([to_dtype(part, dtype) for part in parts]) if parts else np.zeros(0, dtype) for split, parts in ids.items()}
+            ends = [tokenizer.eot] if piece.ends and tokenizer.eot is not None else []
+            for part in (tokenizer.to_array(piece.text), ends):
+                ids[piece.split].append(to_dtype(part, dtype))
+                counts[piece.split].append(np.full(len(part), piece.counts, np.uint8))
+        return {split: (np.concatenate(ids[split]), np.concatenate(counts[split])) for split in paths}
 
     def note():
         for f in files.values():
@@ -94,8 +99,10 @@ def write_documents(folder, pieces_after, source, meta=None, total=None, unit='d
         write_whole(journal, lambda f: f.write(json.dumps(progress).encode()))
 
     def write(pieces, encoded):
-        for split, ids in encoded.result().items():
-            ids.tofile(files[split])
+        for split, (ids, counts) in encoded.result().items():
+            ids.tofile(files[paths[split]])
+            if masked:
+                counts.tofile(files[masks[split]])
             progress[split] += len(ids)
         progress['pieces'] += len(pieces)
         progress['size'] += sum(piece.size for piece in pieces)
@@ -133,16 +140,18 @@ def write_documents(folder, pieces_after, source, meta=None, total=None, unit='d
             os.fsync(f.fileno())
             f.close()
         if not done and not progress['pieces']:
-            for path in (journal, *(path + '.partial' for path in paths.values())):
+            for path in (journal, *(path + '.partial' for path in files)):
                 if os.path.exists(path):
                     os.remove(path)
-    for path in (*paths.values(), os.path.join(folder, 'meta.pkl')): # a tokenizer never stands beside ids of another
+    for path in [os.path.join(folder, name) for name in ('train.bin', 'val.bin', 'train.mask', 'val.mask', 'meta.pkl')]: # nothing stands beside what belongs to another
         if os.path.exists(path):
             os.remove(path)
     if meta:
         write_whole(os.path.join(folder, 'meta.pkl'), lambda f: pickle.dump(meta, f))
     for split in paths:
-        os.replace(paths[split] + '.partial', paths[split])
+        for path in (masks.get(split), paths[split]): # a mask first: without one all tokens would count
+            if path:
+                os.replace(path + '.partial', path)
         print(f'{os.path.relpath(paths[split])}: {progress[split]:,} tokens')
     if os.path.exists(journal):
         os.remove(journal)

@@ -184,3 +184,32 @@ def test_bad_input_is_one_line_and_leaves_nothing(project, tmp_path, files, flag
 
 def test_a_hub_that_cannot_be_reached_is_one_line(project):
     assert 'some/thing cannot be loaded' in project.error('data/text/prepare.py', '--hub_name=some/thing', '--dataset=bad')
+
+
+def test_prompts_are_read_but_not_learned(prepare, project, tmp_path):
+    """From jsonl and Parquet alike: prompt, newline, response, and the response's tokens alone are targets, <|endoftext|> included."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    rows = [dict(ask=f'What is {i} and one?', say=f'That is {i + 1}.') for i in range(80)]
+    (tmp_path / 'a.jsonl').write_text('\n'.join(map(json.dumps, rows[:40])))
+    pq.write_table(pa.table({'say': [row['say'] for row in rows[40:]], 'ask': [row['ask'] for row in rows[40:]]}), tmp_path / 'b.parquet')
+    made = prepare('--tokenizer=byte', '--prompt=ask', '--column=say', '--val_share=0.2', dataset='talk')
+    assert sorted(documents(made, 'train') + documents(made, 'val')) == sorted(f'{row["ask"]}\n{row["say"]}' for row in rows)
+    loader = Loader(str(made / 'train.bin'), 64, 4, 257)
+    X, Y = loader.gather(loader.train_starts(0, 50))
+    for x, y in zip(X.tolist(), Y.tolist()):
+        learned = bytes(b if b >= 0 and b < 256 else 0 if b == 256 else 1 for b in y).decode()
+        assert 'What' not in learned and 'and one' not in learned
+    assert 0 < loader.targets / 256 < 0.6 and 'That is' in ''.join(chr(max(0, b) % 256) for b in Y.flatten().tolist())
+    out = project.run('train.py', 'config/train_text.py', *TINY, '--dataset=talk', '--out_dir=out-talk').stdout
+    assert 'of them targets that count' in out
+    assert 'tokens of answers' in project.run('eval.py', '--out_dir=out-talk', '--device=cpu', '--eval_iters=2').stdout
+    prepare('--tokenizer=byte', '--column=say', dataset='talk') # the same rows without prompts
+    assert not (made / 'train.mask').exists() and not Loader(str(made / 'train.bin'), 64, 4, 257).masked
+
+
+def test_a_mask_of_another_length_is_refused(tmp_path):
+    np.zeros(500, dtype=np.uint16).tofile(tmp_path / 'train.bin')
+    np.ones(499, dtype=np.uint8).tofile(tmp_path / 'train.mask')
+    with pytest.raises(ValueError, match='train.mask does not belong to'):
+        Loader(str(tmp_path / 'train.bin'), 8, 4, 10)

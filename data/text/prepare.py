@@ -31,6 +31,7 @@ input: str | list = '' # a file, a folder, a glob, several with commas between o
 hub_name = '' # a dataset of the Hugging Face hub instead
 name = '' # which of its parts
 column = 'text' # of .jsonl, .parquet and the hub: what holds the text
+prompt = '' # of these: what holds a prompt that comes before it, on a line of its own, and is read but not learned
 # how they become tokens
 tokenizer = 'gpt2' # 'char', 'byte', 'gpt2', a name of tiktoken's (cl100k_base), a tokenizer.json, a Hugging Face name, 'train': one made for this text
 vocab_size = 4096 # of a tokenizer that is trained
@@ -67,21 +68,22 @@ def find_files(inputs):
     return list(dict.fromkeys(found))
 
 
-def read(path, column):
+def read(path, column, prompt=''):
     """
-    The documents of a file in pieces: (text, whether its document ends, bytes of the file read so far). What is not text in
-    UTF-8, and a table without the column, is a ValueError.
+    The documents of a file in pieces: (text, whether its document ends, bytes of the file read so far). Where there is a
+    column for prompts a document has two, prompt and text. What is not text in UTF-8, and a table without the column, is a ValueError.
     """
     with open(path, 'rb') as raw:
         if kind(path) == '.parquet':
-            yield from read_parquet(path, raw, column)
+            yield from read_parquet(path, raw, column, prompt)
             return
         file = gzip.open(raw) if path.endswith('.gz') else raw
         try:
             if kind(path) == '.jsonl':
                 for number, line in enumerate(file, 1):
                     if line.strip():
-                        yield cell(line, column, f'{path}:{number}'), True, raw.tell()
+                        row = json_row(line, f'{path}:{number}')
+                        yield from pieces_of(row, column, prompt, f'{path}:{number}', raw.tell())
             else:
                 yield from read_text(file, path, raw)
         except UnicodeDecodeError as e:
@@ -90,34 +92,38 @@ def read(path, column):
             raise ValueError(f'{path} is no whole gzip file: {e}') from e
 
 
-def cell(line, column, where):
-    """The text in a line of jsonl."""
+def json_row(line, where):
+    """A line of jsonl as a dict."""
     try:
         row = json.loads(line)
     except ValueError as e:
         raise ValueError(f'{where} is not JSON: {e}') from e
-    if not isinstance(row, dict) or not isinstance(row.get(column), str):
-        has = ', '.join(row) if isinstance(row, dict) else f'a {type(row).__name__}'
-        raise ValueError(f'{where} has no text {column!r}; it has {has}; try --column=...')
-    return row[column]
+    return row if isinstance(row, dict) else {f'a {type(row).__name__}': None}
 
 
-def read_parquet(path, raw, column):
+def pieces_of(row, column, prompt, where, at):
+    """The pieces of a row of a table: its text, or prompt and text."""
+    for name in filter(None, (prompt, column)):
+        if not isinstance(row.get(name), str):
+            raise ValueError(f'{where} has no text {name!r}; it has {", ".join(row)}; try --{"prompt" if name == prompt else "column"}=...')
+    if prompt:
+        yield row[prompt], False, at
+    yield ('\n' if prompt else '') + row[column], True, at
+
+
+def read_parquet(path, raw, column, prompt):
     import pyarrow
     import pyarrow.parquet as parquet
     try:
         table = parquet.ParquetFile(raw)
     except (pyarrow.ArrowException, OSError) as e:
         raise ValueError(f'{path} is no Parquet file: {e}') from e
-    if column not in table.schema_arrow.names:
-        raise ValueError(f'{path} has no column {column!r}; it has {", ".join(table.schema_arrow.names)}; try --column=...')
     size, done, rows = os.path.getsize(path), 0, max(1, table.metadata.num_rows)
-    for batch in table.iter_batches(batch_size=1000, columns=[column]):
-        for text in batch.column(0).to_pylist():
+    names = [name for name in table.schema_arrow.names if name in (column, prompt)] or table.schema_arrow.names
+    for batch in table.iter_batches(batch_size=1000, columns=names):
+        for row in batch.to_pylist():
             done += 1
-            if not isinstance(text, str):
-                raise ValueError(f'{path}: row {done} has no text in {column!r}; try --column=...')
-            yield text, True, size * done // rows
+            yield from pieces_of(row, column, prompt, f'{path}: row {done}', size * done // rows)
 
 
 def read_text(file, path, raw):
@@ -138,11 +144,11 @@ def read_text(file, path, raw):
         yield rest, True, raw.tell()
 
 
-def read_all(files, column):
+def read_all(files, column, prompt):
     """Pieces of all documents of all files: (text, whether its document ends, bytes read since the last one)."""
     for path in files:
         before = 0
-        for text, ends, at in read(path, column):
+        for text, ends, at in read(path, column, prompt):
             yield text, ends, at - before
             before = at
 
@@ -165,18 +171,18 @@ def survey(pieces, everything):
     return lengths, characters | ({'<|endoftext|>'} if len(lengths) > 1 else set())
 
 
-def split(pieces, lengths, val_share):
+def split(pieces, lengths, val_share, prompts):
     """
     The Pieces to write. Of FEW documents or more each is held out, or not, by a checksum of how it begins, so always the same
-    ones, and copies together; of fewer the end of each is held out.
+    ones, and copies together; of fewer the end of each is held out. With `prompts` the first of two pieces is one, and documents stay whole.
     """
     number = at = 0
     begins = True
     for text, ends, size in pieces:
-        if len(lengths) >= FEW:
+        if len(lengths) >= FEW or prompts:
             if begins:
                 where = 'val' if zlib.crc32(text[:10_000].encode('utf-8', 'replace')) < val_share * 2**32 else 'train'
-            yield Piece(text, where, ends, size)
+            yield Piece(text, where, ends, size, counts=ends or not prompts)
         else:
             cut = min(max(0, int(lengths[number] * (1 - val_share)) - at), len(text)) # of this piece
             if cut:
@@ -201,19 +207,21 @@ if __name__ == '__main__':
     if input:
         files = find_files(input)
         total, unit = sum(map(os.path.getsize, files)), 'B'
-        read_pieces = lambda: read_all(files, column)
+        if prompt and not all(kind(path) in TABLES for path in files):
+            raise ValueError(f'prompt={prompt!r} is a column, and {next(path for path in files if kind(path) not in TABLES)} is no table')
+        read_pieces = lambda: read_all(files, column, prompt)
     else:
         documents = load_documents(hub_name, column, streaming=True, **({'name': name} if name else {}))
         total, unit = None, 'doc'
-        read_pieces = lambda: ((row[column], True, 1) for row in documents)
+        read_pieces = lambda: (piece for row in documents for piece in pieces_of(row, column, prompt, hub_name, 1))
     print(f'reading {f"{len(files):,} files, {total / 1e6:,.1f} MB" if input else hub_name} ...', flush=True)
     lengths, characters = survey(read_pieces(), everything=tokenizer == 'char')
     if sum(lengths) < 100:
         raise ValueError(f'{input or hub_name} holds {sum(lengths)} characters, too few to train on')
-    pieces = lambda: split(read_pieces(), lengths, val_share)
+    pieces = lambda: split(read_pieces(), lengths, val_share, bool(prompt))
     meta = make_meta(tokenizer, vocab_size, (piece.text for piece in pieces() if piece.split == 'train'), characters)
     folder = os.path.join(os.path.dirname(HERE), dataset)
     os.makedirs(folder, exist_ok=True)
     write_documents(folder, lambda n: islice(pieces(), n, None), str({**config, 'total': total}), meta, total, unit,
-                    few='too little text to hold any out; raise --val_share')
+                    few='too little text to hold any out; raise --val_share', masked=bool(prompt))
     print(f'data/{dataset}/meta.pkl: {meta["vocab_size"]:,} token ids, {meta["dtype"]}; next: python train.py config/train_text.py --dataset={dataset}')
