@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import zipfile
+from dataclasses import replace
 
 import torch
 
@@ -134,18 +135,31 @@ def is_hub_name(source):
                                            and not source.startswith('out') and not source.endswith('.pt'))
 
 
-def open_model(source, **dropouts):
+def open_model(source, lora_rank=0, **dropouts):
     """
     (model, checkpoint) from a path to a checkpoint, or from weights in the format of transformers: a folder, or a
     name of the hub. For the latter the checkpoint holds no more than the tokenizer's meta, if it is known.
-    `dropouts`: today's dropout and attn_dropout, none unless given.
+    `dropouts`: today's dropout and attn_dropout, none unless given; lora_rank: see with_lora().
     """
     if os.path.exists(os.path.join(source, 'config.json')) or is_hub_name(source):
         from convert import from_pretrained # with transformers, which takes seconds to load
         model, meta = from_pretrained(source, dropouts)
-        return model, {'meta': meta} if meta else {}
+        return with_lora(model, lora_rank), {'meta': meta} if meta else {}
     checkpoint = load(source)
-    return build_model(checkpoint, **dropouts), checkpoint
+    return with_lora(build_model(checkpoint, **dropouts), lora_rank), checkpoint
+
+
+def with_lora(model, rank):
+    """`model` with new corrections of this rank to its blocks' matrices (0: none), unless it has such; others it has are merged into them."""
+    if model.config.lora_rank == rank:
+        return model
+    weights = model.state_dict()
+    for name, module in model.named_modules():
+        if getattr(module, 'lora_rank', 0):
+            weights[f'{name}.weight'] = (module.weight + module.lora_b @ module.lora_a).detach()
+    model = GPT(replace(model.config, lora_rank=rank))
+    model.load_state_dict({name: p for name, p in weights.items() if 'lora_' not in name}, strict=False)
+    return model
 
 
 def build_model(checkpoint, dropout=0.0, attn_dropout=None):

@@ -35,6 +35,7 @@ class GPTConfig:
     n_kv_head: int | None = None # heads of keys and values, shared by groups of queries (Ainslie et al. 2023); None: n_head
     init: str = 'gpt2' # or 'zero_proj': what adds to the residual stream, and an untied head, start at zero
     attn_dropout: float | None = None # dropout on attention weights, None: as dropout
+    lora_rank: int = 0 # to fine-tune: learn corrections of this rank to the blocks' matrices, and nothing else (Hu et al. 2021)
 
     def __post_init__(self):
         choices = {'pos': ('learned', 'rotary', 'alibi', 'none'), 'norm': ('layernorm', 'rmsnorm'),
@@ -48,6 +49,8 @@ class GPTConfig:
         if self.n_embd % self.n_head:
             raise ValueError(f'n_embd={self.n_embd} must be divisible by n_head={self.n_head}: '
                              f'{self.n_embd} / {self.n_head} = {self.n_embd / self.n_head:.2f}')
+        if self.lora_rank < 0:
+            raise ValueError(f'lora_rank={self.lora_rank} must not be negative')
         for name in ('dropout', 'attn_dropout'):
             if getattr(self, name) is not None and not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f'{name}={getattr(self, name)} must be at least 0 and less than 1')
@@ -73,8 +76,8 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head or config.n_head
         hs = config.n_embd // config.n_head
-        self.c_attn = Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * hs, bias=config.bias) # query, key, value of all heads in one
-        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * hs, bias=config.bias, lora_rank=config.lora_rank) # query, key, value of all heads in one
+        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias, lora_rank=config.lora_rank)
         self.qk_norm = config.qk_norm
         self.dropout = config.dropout
         self.attn_dropout = config.dropout if config.attn_dropout is None else config.attn_dropout
@@ -110,8 +113,8 @@ class MLP(nn.Module):
         super().__init__()
         gated = config.activation == 'swiglu'
         hidden = 8 * config.n_embd // 3 if gated else 4 * config.n_embd # as many weights either way
-        self.c_fc = Linear(config.n_embd, 2 * hidden if gated else hidden, bias=config.bias)
-        self.c_proj = Linear(hidden, config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, 2 * hidden if gated else hidden, bias=config.bias, lora_rank=config.lora_rank)
+        self.c_proj = Linear(hidden, config.n_embd, bias=config.bias, lora_rank=config.lora_rank)
         self.activation, self.dropout = config.activation, config.dropout
 
     def forward(self, x):
@@ -212,9 +215,10 @@ class GPT(nn.Module):
             self.transformer.wte.weight = self.lm_head.weight # one matrix, Press & Wolf 2016 (arXiv:1608.05859)
         self.apply(self._init_weights)
         for name, p in self.named_parameters():
+            p.requires_grad = not config.lora_rank or 'lora_' in name
             if name.endswith('c_proj.weight'): # what adds to the residual stream starts smaller, GPT-2 section 2.3
                 nn.init.normal_(p, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer) if config.init == 'gpt2' else 0.0)
-            elif config.init == 'zero_proj' and '.h.' in name and p.dim() == 2:
+            elif config.init == 'zero_proj' and '.h.' in name and p.dim() == 2 and 'lora_' not in name:
                 nn.init.normal_(p, mean=0.0, std=p.size(1) ** -0.5) # keeps the variance of its input
         if config.init == 'zero_proj' and not config.tie_embeddings:
             nn.init.zeros_(self.lm_head.weight)
@@ -271,7 +275,8 @@ class GPT(nn.Module):
         assert block_size <= self.config.block_size or self.config.pos != 'learned', f'cannot grow block_size from {self.config.block_size} to {block_size}'
         self.config.block_size = block_size
         if self.config.pos == 'learned':
-            self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size])
+            wpe = self.transformer.wpe.weight
+            self.transformer.wpe.weight = nn.Parameter(wpe[:block_size], requires_grad=wpe.requires_grad)
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
         """AdamW that decays matrices (Linear and Embedding weights) and leaves biases and norms alone."""

@@ -106,10 +106,10 @@ def configure(model, rates, weight_decay, learning_rate, betas, device_type):
         if rate < 0:
             raise ValueError(f'{name}={rate} must not be negative')
     scale = lambda lr: lr / learning_rate if learning_rate else 0.0 # of the schedule's rate
-    params = dict(model.named_parameters())
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     matrices = [p for name, p in params.items() if '.h.' in name and p.dim() == 2]
-    head = [model.lm_head.weight] # which may be wte too
-    embeddings = [p for name, p in params.items() if name.endswith(('wte.weight', 'wpe.weight')) and p is not head[0]]
+    head = [p for p in params.values() if p is model.lm_head.weight] # which may be wte too
+    embeddings = [p for name, p in params.items() if name.endswith(('wte.weight', 'wpe.weight')) and p is not model.lm_head.weight]
     vectors = [p for name, p in params.items() if p.dim() < 2]
     groups = [dict(params=matrices, muon=True, momentum=0.95, steps=0, weight_decay=weight_decay, lr_scale=scale(matrix_lr)),
               dict(params=embeddings, weight_decay=0.0, lr_scale=scale(embed_lr)),

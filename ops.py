@@ -23,13 +23,25 @@ def spelled_out(x):
 
 
 class Linear(nn.Linear):
-    """nn.Linear, until pack() has readied it to multiply few rows at a time."""
+    """
+    nn.Linear, until pack() has readied it to multiply few rows at a time.
+
+    lora_rank: learn a correction of this rank, lora_b @ lora_a, beside weights that stay as they are (Hu et al. 2021); 0: none
+    """
     packed = scale = blocks = None
+
+    def __init__(self, *args, lora_rank=0, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.lora_rank = lora_rank
+        if lora_rank:
+            self.lora_a = nn.Parameter(torch.randn(lora_rank, self.in_features) / self.in_features ** 0.5)
+            self.lora_b = nn.Parameter(torch.zeros(self.out_features, lora_rank))
 
     def forward(self, x):
         rows = x.numel() // x.size(-1)
         if self.packed is None:
-            return F.linear(x, self.weight, self.bias)
+            y = F.linear(x, self.weight, self.bias)
+            return y + F.linear(F.linear(x, self.lora_a), self.lora_b) if self.lora_rank else y
         if self.scale is not None and rows > 16: # are not worth a kernel for 8 bits
             return F.linear(x, self.packed * self.scale[:, None], self.bias)
         if self.blocks is not None and rows == 1:

@@ -128,13 +128,15 @@ torch.manual_seed(seed)
 asked = {name: config[name] for name in (*GPTConfig.__dataclass_fields__, 'd_head', 'd_model') if name in given}
 
 if init_from == 'scratch':
+    if lora_rank > 0:
+        raise ValueError(f'lora_rank={lora_rank} fine-tunes weights that are there: --init_from=...')
     n_head, n_embd = ckpt.resolve_sizes(asked, default=(n_head, n_embd))
     vocab_size = vocab_size if 'vocab_size' in given else model_vocab_size(meta)
     sizes = {**config, 'n_head': n_head, 'n_embd': n_embd, 'vocab_size': vocab_size}
     model, loaded = GPT(GPTConfig(**{name: sizes[name] for name in GPTConfig.__dataclass_fields__})), {}
 else: # this run's own checkpoint to go on with, or other weights to fine-tune
     source = own if init_from == 'resume' else init_from
-    model, loaded = ckpt.open_model(source, dropout=dropout, attn_dropout=attn_dropout)
+    model, loaded = ckpt.open_model(source, lora_rank, dropout=dropout, attn_dropout=attn_dropout)
     if not same_tokenizer(loaded.get('meta') or meta, meta):
         raise ValueError(f'{source}: the weights were trained with another vocabulary than that of {data_dir}')
     ckpt.fit_sizes(model, asked, source)
@@ -154,6 +156,7 @@ say(f'{dataset}: {len(train_data.tokens):,} tokens to train on, {len(val_data.to
     f'{gradient_accumulation_steps * batch_size * block_size:,} per iteration'
     + (f', {train_data.targets / batch_size / block_size:.1%} of them targets that count' if train_data.masked else ''))
 say(f'model: {model.get_num_params() / 1e6:.2f}M parameters on {device}, {dtype}{", compiled" if compile else ""}'
+    + (f', {sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6:.2f}M of them trained' if lora_rank else '') +
     f'{f", {world_size} processes" if ddp else ""}{", sharded" if fsdp else ""}')
 
 # -----------------------------------------------------------------------------

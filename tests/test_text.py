@@ -213,3 +213,13 @@ def test_a_mask_of_another_length_is_refused(tmp_path):
     np.ones(499, dtype=np.uint8).tofile(tmp_path / 'train.mask')
     with pytest.raises(ValueError, match='train.mask does not belong to'):
         Loader(str(tmp_path / 'train.bin'), 8, 4, 10)
+
+
+def test_a_run_to_be_fine_tuned_lends_its_tokenizer(project, trained, tmp_path):
+    (tmp_path / 'a.txt').write_text('to be or not to be ' * 30)
+    project.run('data/text/prepare.py', f'--input={tmp_path}', '--dataset=more', '--tokenizer=out-trained')
+    project.run('train.py', *TINY[:2], '--dataset=more', '--init_from=out-trained', '--batch_size=4', '--gradient_accumulation_steps=1', '--max_iters=2',
+                '--eval_iters=2', '--out_dir=out-more')
+    (tmp_path / 'a.jsonl').write_text('{"text": "be", "ask": "to"}\n' * 100)
+    (tmp_path / 'a.txt').unlink()
+    assert 'would have no end' in project.error('data/text/prepare.py', f'--input={tmp_path}', '--dataset=m', '--tokenizer=out-trained', '--prompt=ask')

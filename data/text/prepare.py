@@ -22,7 +22,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
 
 from configurator import configure
-from data.tokenizer import make_meta
+from data.tokenizer import from_meta, make_meta
 from data.write import Piece, write_documents
 
 # -----------------------------------------------------------------------------
@@ -33,7 +33,7 @@ name = '' # which of its parts
 column = 'text' # of .jsonl, .parquet and the hub: what holds the text
 prompt = '' # of these: what holds a prompt that comes before it, on a line of its own, and is read but not learned
 # how they become tokens
-tokenizer = 'gpt2' # 'char', 'byte', 'gpt2', a name of tiktoken's (cl100k_base), a tokenizer.json, a Hugging Face name, 'train': one made for this text
+tokenizer = 'gpt2' # 'char', 'byte', 'gpt2', a name of tiktoken's (cl100k_base), a tokenizer.json, a Hugging Face name, 'train': one made for this text, a run's out_dir: its own
 vocab_size = 4096 # of a tokenizer that is trained
 # where they go
 dataset = 'text' # the folder in data/
@@ -219,7 +219,16 @@ if __name__ == '__main__':
     if sum(lengths) < 100:
         raise ValueError(f'{input or hub_name} holds {sum(lengths)} characters, too few to train on')
     pieces = lambda: split(read_pieces(), lengths, val_share, bool(prompt))
-    meta = make_meta(tokenizer, vocab_size, (piece.text for piece in pieces() if piece.split == 'train'), characters)
+    if os.path.exists(os.path.join(tokenizer, 'ckpt.pt')) or tokenizer.endswith('.pt'):
+        from checkpoint import load
+        meta = load(tokenizer).get('meta')
+        if not meta:
+            raise ValueError(f'{tokenizer} comes without its tokenizer')
+        meta = {'dtype': 'uint16', **meta}
+    else:
+        meta = make_meta(tokenizer, vocab_size, (piece.text for piece in pieces() if piece.split == 'train'), characters)
+    if prompt and from_meta(meta).eot is None:
+        raise ValueError(f'tokenizer={tokenizer!r} has no <|endoftext|>, so answers to prompts would have no end')
     folder = os.path.join(os.path.dirname(HERE), dataset)
     os.makedirs(folder, exist_ok=True)
     write_documents(folder, lambda n: islice(pieces(), n, None), str({**config, 'total': total}), meta, total, unit,
