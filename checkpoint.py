@@ -131,8 +131,8 @@ def load(path):
 
 def is_hub_name(source):
     """Does `source` read like a model of the Hugging Face hub, such as gpt2-xl or owner/name, and not like a file?"""
-    return not os.path.exists(source) and (source.startswith('gpt2') or bool(re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', source))
-                                           and not source.startswith('out') and not source.endswith('.pt'))
+    return not os.path.exists(source) and not source.endswith('.pt') and not re.match(r'out([-_/]|$)', source) and (
+        bool(re.fullmatch(r'gpt2[\w-]*', source)) or bool(re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', source)))
 
 
 def open_model(source, lora_rank=0, **dropouts):

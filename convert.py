@@ -197,7 +197,7 @@ def fast_tokenizer(meta, block_size):
     kind, eot = meta.get('tokenizer'), '<|endoftext|>'
     if kind == 'json':
         bpe = Tokenizer.from_str(meta['json'])
-        eot = bpe.id_to_token(meta['eot'])
+        eot = bpe.id_to_token(meta['eot']) if meta.get('eot') is not None else None
     elif kind == 'byte':
         letters = bytes_to_unicode()
         bpe = Tokenizer(models.BPE(vocab={**{letters[i]: i for i in range(256)}, eot: 256}, merges=[]))

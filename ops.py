@@ -70,14 +70,14 @@ def pack(model, rows=1, int8=False):
         if int8:
             module.scale = (weight.abs().amax(1).float() / 127).clamp_min(1e-30).to(weight.dtype)
             module.packed = (weight.float() / module.scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
-        elif torch.backends.mkldnn.is_available() and weight.dtype in (torch.float32, torch.bfloat16):
+        elif torch.backends.mkldnn.is_available() and (weight.dtype == torch.float32 or weight.dtype == torch.bfloat16 and fast_bfloat16('cpu')):
             size = max(n for n in range(1, 33) if len(weight) % n == 0)
             if rows == 1 and weight.dtype == torch.float32 and torch.backends.mkl.is_available() and size > 3:
                 module.packed, module.blocks = weight, weight.view(-1, size, weight.size(1))
             else:
                 module.packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
         if module.packed is not None:
-            module.weight = nn.Parameter(weight[:0]) # frees what was copied; the embedding keeps what it shares
+            module.weight = nn.Parameter(weight.new_empty(0, weight.size(1)), requires_grad=False) # frees what was copied; the embedding keeps what it shares
 
 
 def dropout(x, p, training):

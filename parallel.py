@@ -182,7 +182,7 @@ def gather_state(tree, keep):
     def fetch(x):
         if not hasattr(x, 'full_tensor'):
             return x
-        key = x.to_local().data_ptr(), x.shape
+        key = x.to_local().untyped_storage()._cdata, x.shape # not where its data lies: a rank's empty shares all lie nowhere
         if key not in fetched:
             whole = x.full_tensor() # one tensor at a time on the GPU
             fetched[key] = whole.cpu() if keep else None

@@ -171,7 +171,7 @@ if interactive: # a text that goes on and on; what was said is not computed agai
         except (EOFError, KeyboardInterrupt):
             break
         try:
-            line = tokenizer.encode(('\n' if context and not tokenizer.decode(context).endswith('\n') else '') + line)
+            line = tokenizer.encode(('\n' if context and context[-1] != tokenizer.eot and not tokenizer.decode(context).endswith('\n') else '') + line)
         except ValueError as e: # a character that the vocabulary lacks
             print(e)
             continue

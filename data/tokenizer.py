@@ -6,6 +6,7 @@ travels in checkpoints. Without meta.pkl the tokens are GPT-2's BPE.
 import json
 import os
 import pickle
+import re
 import threading
 from typing import Callable, NamedTuple
 
@@ -17,7 +18,7 @@ GPT2 = {'tokenizer': 'gpt2', 'vocab_size': 50257}  # the meta of a dataset witho
 
 
 class Tokenizer(NamedTuple):
-    encode: Callable[[str], list[int]] # <|endoftext|> stands for itself
+    encode: Callable[[str], list[int]] # <|endoftext|> stands for itself, but among characters
     decode: Callable[[list[int]], str]
     vocab_size: int
     to_array: Callable[[str], np.ndarray] # for documents, faster: whatever they hold is text
@@ -32,7 +33,9 @@ def from_meta(meta):
         return Tokenizer(lambda text: bpe.encode(text, allowed_special={'<|endoftext|>'}, disallowed_special=()), bpe.decode, bpe.n_vocab,
                          lambda text: bpe.encode_to_numpy(text, disallowed_special=()), bpe.eot_token)
     if kind == 'byte':
-        return Tokenizer(lambda text: list(text.encode()), lambda ids: bytes(i for i in ids if i < 256).decode('utf-8', 'replace'), 257,
+        eot = '<|endoftext|>'
+        return Tokenizer(lambda text: [i for part in re.split(f'({re.escape(eot)})', text) for i in ([256] if part == eot else part.encode())],
+                         lambda ids: b''.join(eot.encode() if i == 256 else bytes([i]) for i in ids).decode('utf-8', 'replace'), 257,
                          lambda text: np.frombuffer(text.encode(), dtype=np.uint8), 256)
     if kind == 'json': # the file format of the package tokenizers, and so of the Hugging Face hub
         import tokenizers
@@ -69,7 +72,7 @@ def byte_counts(meta):
         bytewise = 'ByteLevel' in str(json.loads(meta['json'])['decoder']) # each character of such a token is a byte
         special = {i for i, token in bpe.get_added_tokens_decoder().items() if token.special}
         tokens = [None if i in special else bpe.id_to_token(i) for i in range(meta['vocab_size'])]
-        return [0 if t is None else len(t) if bytewise else len(t.replace('\u2581', ' ').encode()) for t in tokens]
+        return [0 if t is None else len(t) if bytewise else 1 if re.fullmatch('<0x[0-9A-F]{2}>', t) else len(t.replace('\u2581', ' ').encode()) for t in tokens]
     if meta.get('tokenizer') == 'byte':
         return [1] * 256 + [0]
     return [0 if i == tokenizer.eot else len(meta['itos'][i].encode('utf-8', 'replace')) for i in range(meta['vocab_size'])]
@@ -104,6 +107,11 @@ def make_meta(tokenizer, vocab_size=None, texts=(), characters=None):
         meta = hub_meta(tokenizer)
         if meta['eot'] is None:
             raise ValueError(f'tokenizer={tokenizer!r} has no token to end documents with, such as <|endoftext|>')
+    return with_dtype(meta)
+
+
+def with_dtype(meta):
+    """A meta that also records how wide its ids are in .bin files."""
     return {**meta, 'dtype': 'uint16' if meta['vocab_size'] <= 65536 else 'uint32'}
 
 
@@ -123,6 +131,7 @@ def hub_meta(name):
     except Exception as e: # of many kinds
         raise ValueError(f"tokenizer={name!r} is none of 'char', 'byte', 'gpt2', 'train', tiktoken's names, a tokenizer.json, "
                          f'or a tokenizer of the Hugging Face hub within reach ({(str(e).strip() or type(e).__name__).splitlines()[0]})') from e
+    bpe.no_truncation(), bpe.no_padding() # which such files may ask for too
     ids = [bpe.token_to_id(token) for token in (ends, '<|endoftext|>', '<|end_of_text|>', '</s>', '<eos>') if token]
     eot = next((i for i in ids if i is not None), None)
     return {'tokenizer': 'json', 'json': bpe.to_str(), 'vocab_size': max(bpe.get_vocab().values()) + 1, 'eot': eot}

@@ -75,7 +75,7 @@ def write_documents(folder, pieces_after, source, meta=None, total=None, unit='d
     if os.path.exists(journal):
         with open(journal, encoding='utf-8') as f:
             saved = json.load(f)
-        whole = all(os.path.exists(p + '.partial') and os.path.getsize(p + '.partial') >= n * saved[s] for n, kind in ((width, paths), (1, masks)) for s, p in kind.items())
+        whole = saved.keys() == progress.keys() and all(os.path.exists(p + '.partial') and os.path.getsize(p + '.partial') >= n * saved[s] for n, kind in ((width, paths), (1, masks)) for s, p in kind.items())
         progress = saved if whole and saved['source'] == source else progress
     files, noted = {}, time.monotonic()
     for n, kind in ((width, paths), (1, masks)):
@@ -96,16 +96,17 @@ def write_documents(folder, pieces_after, source, meta=None, total=None, unit='d
     def note():
         for f in files.values():
             f.flush()
+            os.fsync(f.fileno()) # a journal must not know of what a power cut takes
         write_whole(journal, lambda f: f.write(json.dumps(progress).encode()))
 
     def write(pieces, encoded):
+        now = {**progress, 'pieces': progress['pieces'] + len(pieces), 'size': progress['size'] + sum(piece.size for piece in pieces)}
         for split, (ids, counts) in encoded.result().items():
             ids.tofile(files[paths[split]])
             if masked:
                 counts.tofile(files[masks[split]])
-            progress[split] += len(ids)
-        progress['pieces'] += len(pieces)
-        progress['size'] += sum(piece.size for piece in pieces)
+            now[split] += len(ids)
+        progress.update(now) # all at once: an interruption comes before or after
         bar.update(sum(piece.size for piece in pieces))
 
     cores, done = os.cpu_count(), False

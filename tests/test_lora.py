@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 
@@ -52,3 +54,16 @@ def test_fine_tuning_by_lora_resumes_exactly_and_is_sampled_merged(project, trai
 def test_corrections_to_nothing_are_refused(project):
     assert 'fine-tunes weights that are there' in project.error('train.py', *TINY, '--lora_rank=2')
     assert 'must not be negative' in project.error('train.py', *TINY, '--lora_rank=-2', '--init_from=scratch')
+
+
+def test_shares_of_thin_matrices_under_fsdp_are_put_together(project, trained):
+    """With a rank below the number of processes some hold nothing of lora_a."""
+    flags = [*TINY[:3], '--batch_size=4', '--gradient_accumulation_steps=2', '--eval_iters=2', '--max_iters=3', '--lr_decay_iters=20', '--warmup_iters=0',
+             '--learning_rate=1e-2', '--init_from=out-trained', '--lora_rank=1']
+    project.run('train.py', *flags, '--out_dir=out-one')
+    project.run('train.py', *flags, '--out_dir=out-shared', '--fsdp=True',
+                launcher=[sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2'])
+    one, shared = (torch.load(project.path / name / 'ckpt.pt', weights_only=True)['model'] for name in ('out-one', 'out-shared'))
+    assert one.keys() == shared.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], shared[name], rtol=1e-3, atol=1e-5)

@@ -223,3 +223,37 @@ def test_a_run_to_be_fine_tuned_lends_its_tokenizer(project, trained, tmp_path):
     (tmp_path / 'a.jsonl').write_text('{"text": "be", "ask": "to"}\n' * 100)
     (tmp_path / 'a.txt').unlink()
     assert 'would have no end' in project.error('data/text/prepare.py', f'--input={tmp_path}', '--dataset=m', '--tokenizer=out-trained', '--prompt=ask')
+
+
+def test_a_tokenizer_file_that_cuts_texts_short_is_told_not_to(tmp_path):
+    from tokenizers import Tokenizer
+    bpe = Tokenizer.from_str(make_meta('train', 300, ['to be'])['json'])
+    bpe.enable_truncation(5)
+    bpe.enable_padding(length=50)
+    bpe.save(str(tmp_path / 'tokenizer.json'))
+    meta = make_meta(str(tmp_path / 'tokenizer.json'))
+    assert from_meta(meta).decode(from_meta(meta).to_array('not to be cut' * 9).tolist()) == 'not to be cut' * 9
+
+
+def test_half_a_character_in_json_becomes_a_replacement(tmp_path):
+    (tmp_path / 'a.jsonl').write_text('{"text": "cut \\ud83d here"}\n' * 120)
+    assert {piece for piece, _, _ in text.read(str(tmp_path / 'a.jsonl'), 'text')} == {'cut \ufffd here'}
+
+
+def test_endoftext_is_read_and_written_by_bytes_too():
+    tok = from_meta({'tokenizer': 'byte', 'vocab_size': 257})
+    assert tok.encode('ä<|endoftext|>b') == [0xc3, 0xa4, 256, 98] and tok.decode([0xc3, 0xa4, 256, 98]) == 'ä<|endoftext|>b'
+
+
+def test_another_tokenizer_does_not_go_on_with_the_work_of_one(tmp_path):
+    from data.write import Piece, write_documents
+    def interrupted(n):
+        yield from (Piece('a' * 2**18, 'train', True) for _ in range(30))
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        write_documents(str(tmp_path), interrupted, 'one', make_meta('byte'))
+    assert json.loads((tmp_path / 'progress.json').read_text())['pieces'] > 0
+    (tmp_path / 'progress.json').write_text(json.dumps({'source': 'two', 'documents': 3, 'train': 1, 'val': 1})) # as an earlier version kept it
+    for source in ('two', 'three'):
+        write_documents(str(tmp_path), lambda n: (Piece('b' * 10, split, True) for split in ('train', 'val')), source, make_meta('byte'))
+        assert np.fromfile(tmp_path / 'train.bin', dtype=np.uint16).tolist() == [98] * 10 + [256]

@@ -22,7 +22,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
 
 from configurator import configure
-from data.tokenizer import from_meta, make_meta
+from data.tokenizer import from_meta, make_meta, with_dtype
 from data.write import Piece, write_documents
 
 # -----------------------------------------------------------------------------
@@ -106,9 +106,10 @@ def pieces_of(row, column, prompt, where, at):
     for name in filter(None, (prompt, column)):
         if not isinstance(row.get(name), str):
             raise ValueError(f'{where} has no text {name!r}; it has {", ".join(row)}; try --{"prompt" if name == prompt else "column"}=...')
+    whole = lambda text: text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace') # JSON can hold half a character
     if prompt:
-        yield row[prompt], False, at
-    yield ('\n' if prompt else '') + row[column], True, at
+        yield whole(row[prompt]), False, at
+    yield ('\n' if prompt else '') + whole(row[column]), True, at
 
 
 def read_parquet(path, raw, column, prompt):
@@ -224,13 +225,15 @@ if __name__ == '__main__':
         meta = load(tokenizer).get('meta')
         if not meta:
             raise ValueError(f'{tokenizer} comes without its tokenizer')
-        meta = {'dtype': 'uint16', **meta}
+        meta = with_dtype(meta)
     else:
         meta = make_meta(tokenizer, vocab_size, (piece.text for piece in pieces() if piece.split == 'train'), characters)
     if prompt and from_meta(meta).eot is None:
         raise ValueError(f'tokenizer={tokenizer!r} has no <|endoftext|>, so answers to prompts would have no end')
     folder = os.path.join(os.path.dirname(HERE), dataset)
+    state = [(path, os.path.getsize(path), os.stat(path).st_mtime_ns) for path in files] if input else hub_name
+    source = str({**config, 'state': zlib.crc32(repr((state, sorted(meta.items(), key=str))).encode())}) # another text or tokenizer starts anew
     os.makedirs(folder, exist_ok=True)
-    write_documents(folder, lambda n: islice(pieces(), n, None), str({**config, 'total': total}), meta, total, unit,
-                    few='too little text to hold any out; raise --val_share', masked=bool(prompt))
+    write_documents(folder, lambda n: islice(pieces(), n, None), source, meta, total, unit,
+                    few='too little text to hold any out; raise --val_share' + (', or all prompts begin alike' if prompt else ''), masked=bool(prompt))
     print(f'data/{dataset}/meta.pkl: {meta["vocab_size"]:,} token ids, {meta["dtype"]}; next: python train.py config/train_text.py --dataset={dataset}')
