@@ -16,7 +16,7 @@ from dataclasses import replace
 
 import torch
 
-from data.tokenizer import write_whole
+from data.tokenizer import check_meta, dataset_meta, write_whole
 from model import GPT, GPTConfig
 from parallel import agree, any_rank, shard_like
 from runlog import say
@@ -127,6 +127,14 @@ def load(path):
                                if not name.endswith('.attn.bias')} # the causal mask that early versions of nanoGPT kept
     checkpoint['path'] = path
     return checkpoint
+
+
+def tokenizer_meta(checkpoint, source, vocab_size):
+    """The meta of a checkpoint's tokenizer; nanoGPT leaves it with the dataset. ValueError where it has more ids than the model's vocab_size."""
+    meta = checkpoint.get('meta') or dataset_meta(os.path.join('data', str(checkpoint.get('config', {}).get('dataset'))))
+    if check_meta(meta, source)['vocab_size'] > vocab_size:
+        raise ValueError(f'{source} has {vocab_size} token ids and comes without its tokenizer; prepare its dataset first')
+    return meta
 
 
 def is_hub_name(source):

@@ -78,12 +78,12 @@ if tasks:
         from harness import Harness
     except ImportError as e:
         raise ValueError(f"--tasks needs the package lm_eval: pip install '.[eval]' ({e})") from e
-    meta = loaded.get('meta') or dataset_meta(os.path.join('data', str(trained.get('dataset')))) # with nanoGPT's comes none
+    tokenizer = from_meta(ckpt.tokenizer_meta(loaded, source, model.config.vocab_size))
     if output and not os.path.isdir(os.path.dirname(output) or '.'):
         raise ValueError(f'output={output!r} must be a file in a folder that is there')
     try:
         results = lm_eval.simple_evaluate(
-            Harness(model, from_meta(check_meta(meta, source)), ctx, batch_size), tasks=tasks.split(','), num_fewshot=num_fewshot,
+            Harness(model, tokenizer, ctx, batch_size), tasks=tasks.split(','), num_fewshot=num_fewshot,
             limit=limit, log_samples=False, task_manager=lm_eval.tasks.TaskManager(include_path=include_path or None))
     except Exception as e: # tasks that are unknown, and data that cannot be reached, have many kinds
         raise ValueError(f'tasks={tasks}: {(str(e).strip() or type(e).__name__).splitlines()[0]}') from e

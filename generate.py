@@ -13,6 +13,12 @@ class StaticCache(KVCache):
     def __init__(self, config, size, pad):
         super().__init__(config, size, pad)
         self.end = torch.zeros(1, dtype=torch.int64, device=pad.device) # the length; `length` itself is for stream() to keep
+        self.mark(self.end, self.pad)
+
+    def mark(self, *tensors):
+        """Promise that these keep their place in memory; else a CUDA graph would have them copied for each step."""
+        for tensor in tensors:
+            torch._dynamo.mark_static_address(tensor)
 
     def begin(self, T, dtype):
         at = self.end + torch.arange(T, device=self.end.device)
@@ -23,7 +29,12 @@ class StaticCache(KVCache):
     def extend(self, layer, k, v):
         if self.k is None:
             self.make(k)
+            self.mark(self.k, self.v)
         return self.k[layer].index_copy_(2, self.slots, k), self.v[layer].index_copy_(2, self.slots, v)
+
+    def repeat(self, n):
+        super().repeat(n)
+        self.mark(self.k, self.v, self.pad)
 
 
 @torch.inference_mode()
@@ -53,11 +64,11 @@ def stream(model, prompts, max_new_tokens, samples=range(1), temperature=1.0, to
 
     def forward(ids):
         """The logits of what follows ids (B, T), which are put into the cache."""
+        run = model
         if compiled is not None:
             cache.length += ids.size(1)
-            for z in (cache.k, cache.v, cache.end, cache.pad) if ids.size(1) == 1 and cache.k is not None else ():
-                torch._dynamo.mark_static_address(z) # else a CUDA graph would have it copied for each step
-        return (compiled if compiled is not None and ids.size(1) == 1 and cache.k is not None else model)(ids, cache=cache)[0][:, -1, :vocab_size].float()
+            run = compiled if ids.size(1) == 1 and cache.k is not None else model # what is never the same twice is not compiled
+        return run(ids, cache=cache)[0][:, -1, :vocab_size].float()
 
     if cache.length < min(T, cache.size):
         logits = forward(ids[:, cache.length:cache.size]) # all prompts at once, each once

@@ -38,10 +38,10 @@ class Linear(nn.Linear):
             self.lora_b = nn.Parameter(torch.zeros(self.out_features, lora_rank))
 
     def forward(self, x):
-        rows = x.numel() // x.size(-1)
         if self.packed is None:
             y = F.linear(x, self.weight, self.bias)
             return y + F.linear(F.linear(x, self.lora_a), self.lora_b) if self.lora_rank else y
+        rows = x.numel() // x.size(-1)
         if self.scale is not None and rows > 16: # are not worth a kernel for 8 bits
             return F.linear(x, self.packed * self.scale[:, None], self.bias)
         if self.blocks is not None and rows == 1:

@@ -48,7 +48,7 @@ import time
 import torch
 
 import checkpoint as ckpt
-from data.tokenizer import check_meta, dataset_meta, from_meta, write_whole
+from data.tokenizer import from_meta, write_whole
 from device import DTYPES, resolve, tune
 from generate import StaticCache, stream
 from model import KVCache
@@ -77,12 +77,9 @@ sys.stdout.reconfigure(errors='replace') # a Windows console cannot show every c
 # model, and the tokenizer that came with it
 source = ckpt.best(out_dir) if init_from == 'resume' else init_from
 model, loaded = ckpt.open_model(source)
-meta = loaded.get('meta') or dataset_meta(os.path.join('data', str(loaded.get('config', {}).get('dataset')))) # with nanoGPT's comes none
-if check_meta(meta, source)['vocab_size'] > model.config.vocab_size:
-    raise ValueError(f'{source} has {model.config.vocab_size} token ids and comes without its tokenizer; prepare its dataset first')
 model.eval().to(device, DTYPES[dtype]) # weights too, so that none is converted again for each token
 compiled = torch.compile(model, dynamic=False, mode='reduce-overhead' if 'cuda' in device else None) if compile else None
-tokenizer = from_meta(meta)
+tokenizer = from_meta(ckpt.tokenizer_meta(loaded, source, model.config.vocab_size))
 
 # -----------------------------------------------------------------------------
 # text in

@@ -73,10 +73,13 @@ def write_documents(folder, pieces_after, source, meta=None, total=None, unit='d
     width, journal = np.dtype(dtype).itemsize, os.path.join(folder, 'progress.json')
     progress = {'source': source, 'pieces': 0, 'size': 0, 'train': 0, 'val': 0}
     if os.path.exists(journal):
-        with open(journal, encoding='utf-8') as f:
-            saved = json.load(f)
-        whole = saved.keys() == progress.keys() and all(os.path.exists(p + '.partial') and os.path.getsize(p + '.partial') >= n * saved[s] for n, kind in ((width, paths), (1, masks)) for s, p in kind.items())
-        progress = saved if whole and saved['source'] == source else progress
+        try:
+            with open(journal, encoding='utf-8') as f:
+                saved = json.load(f)
+            there = all(os.path.getsize(path + '.partial') >= n * saved[split] for n, kind in ((width, paths), (1, masks)) for split, path in kind.items())
+            progress = saved if there and saved.keys() == progress.keys() and saved['source'] == source else progress
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            pass # a journal that is damaged, or without its files, is none
     files, noted = {}, time.monotonic()
     for n, kind in ((width, paths), (1, masks)):
         for split, path in kind.items():

@@ -170,6 +170,7 @@ def test_a_meta_that_describes_no_tokenizer_is_refused(meta):
     ({'a.txt.gz': b'hello'}, [], 'is no whole gzip file'),
     ({'a.txt': b'text ' * 100}, ['--tokenizer=no/where'], "tokenizer='no/where' is none of 'char'"),
     ({'a.txt': b'text ' * 100}, ['--tokenizer=train', '--vocab_size=100'], 'vocab_size=100 must be at least 257'),
+    ({'a.jsonl': b'{"text": "hello"}\n'}, ['--column='], 'column must name'),
     ({'a.txt': b'text ' * 100}, ['--val_share=0'], 'must be between 0 and 1'),
     ({'a.txt': b'text ' * 100}, ['--dataset=../x'], 'must be the name of a folder'),
     ({'a.txt': b'text ' * 100}, ['--hub_name=some/thing'], 'say what to read'),
@@ -254,6 +255,8 @@ def test_another_tokenizer_does_not_go_on_with_the_work_of_one(tmp_path):
         write_documents(str(tmp_path), interrupted, 'one', make_meta('byte'))
     assert json.loads((tmp_path / 'progress.json').read_text())['pieces'] > 0
     (tmp_path / 'progress.json').write_text(json.dumps({'source': 'two', 'documents': 3, 'train': 1, 'val': 1})) # as an earlier version kept it
-    for source in ('two', 'three'):
+    for source in ('two', 'three', 'four'):
+        if source == 'four':
+            (tmp_path / 'progress.json').write_text('{"sour')
         write_documents(str(tmp_path), lambda n: (Piece('b' * 10, split, True) for split in ('train', 'val')), source, make_meta('byte'))
         assert np.fromfile(tmp_path / 'train.bin', dtype=np.uint16).tolist() == [98] * 10 + [256]

@@ -121,10 +121,13 @@ def read_parquet(path, raw, column, prompt):
         raise ValueError(f'{path} is no Parquet file: {e}') from e
     size, done, rows = os.path.getsize(path), 0, max(1, table.metadata.num_rows)
     names = [name for name in table.schema_arrow.names if name in (column, prompt)] or table.schema_arrow.names
-    for batch in table.iter_batches(batch_size=1000, columns=names):
-        for row in batch.to_pylist():
-            done += 1
-            yield from pieces_of(row, column, prompt, f'{path}: row {done}', size * done // rows)
+    try:
+        for batch in table.iter_batches(batch_size=1000, columns=names):
+            for row in batch.to_pylist():
+                done += 1
+                yield from pieces_of(row, column, prompt, f'{path}: row {done}', size * done // rows)
+    except (pyarrow.ArrowException, OSError) as e:
+        raise ValueError(f'{path} is damaged after row {done}: {e}') from e
 
 
 def read_text(file, path, raw):
@@ -199,6 +202,8 @@ if __name__ == '__main__':
     from data.hub import load_documents
     if bool(input) == bool(hub_name):
         raise ValueError('say what to read: --input=FILE, a folder or a glob, or --hub_name=NAME')
+    if not column:
+        raise ValueError('column must name what holds the text')
     if not 0 < val_share < 1:
         raise ValueError(f'val_share={val_share} must be between 0 and 1')
     if tokenizer == 'train' and not 257 <= vocab_size <= 1_000_000:
