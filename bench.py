@@ -1,26 +1,41 @@
 """
-How fast does this machine train, and write? Times the step of train.py, or the generation of sample.py, and sets it
-beside what the machine can do.
+How fast is this machine, and how much of it do we use? Times the step of train.py, the generation of sample.py, the
+loader and the optimizers, each beside a ceiling that is measured on the spot.
 
-$ python bench.py config/train_shakespeare_char.py config/cpu.py
-$ python bench.py config/train_gpt2.py --real_data=False
-$ python bench.py config/train_shakespeare_char.py --profile=True    # writes trace.json for chrome://tracing
-$ python bench.py config/train_shakespeare_char.py config/cpu.py --guards=True --steps=300    # what the safety of a run costs
-$ python bench.py --mode=generate    # GPT-2's size, random weights
+$ python bench.py config/train_shakespeare_char.py config/cpu.py                          # a training step, in parts
+$ python bench.py config/train_gpt2.py --real_data=False --compare=transformers           # in turn with that of GPT2LMHeadModel
+$ python bench.py config/train_gpt2.py --real_data=False --compare=../nanoGPT/model.py    # or with any model.py's, yesterday's for one
+$ python bench.py --mode=generate                                                         # GPT-2's size, random weights
+$ python bench.py --mode=data                                                             # batches
+$ python bench.py --mode=optimizer                                                        # AdamW and Muon, and torch's
+$ python bench.py config/train_gpt2.py --mode=growth --png=growth.png                     # what a token costs in longer data and contexts
+$ python bench.py config/train_gpt2.py --mode=project --tokens=2.4e9                      # on 8, 64 and 1024 GPUs: arithmetic, not measured
 """
 
-from configurator import at_least, configure, one_of, read_knobs
+from configurator import above, at_least, configure, one_of, read_knobs
 
 # -----------------------------------------------------------------------------
 # what to time
-mode = 'train' # or 'generate'
+mode = 'train' # or 'generate', 'data', 'optimizer', 'growth', 'project'
 steps = 20 # measured steps; the figures are medians over them
-warmup_steps = 5 # unmeasured ones before, compilation included
+warmup_steps = 5 # unmeasured ones before
 real_data = True # False: random tokens, so that nothing need be prepared
+compare = '' # in turn with ours: 'transformers' (its GPT-2), or the path of a model.py with GPT and GPTConfig (to train)
+json = '' # also write the figures into this file
 guards = False # True: also alternate steps with and without train.py's checks for bad gradients, signals, and its log
-profile = False # True: also write trace.json with torch's profiler
+profile = False # True: also write trace.json with torch's profiler, for chrome://tracing
 prompt_tokens = 16 # to generate: tokens that are there before
 new_tokens = 64 # to generate: tokens to make
+png = '' # growth: also draw it
+# to project
+gpus = [8, 64, 1024] # how many, 8 to a machine
+tokens = 10e9 # to train on
+tokens_per_iter = 524288.0 # of all GPUs together
+mfu = 0.4 # share of peak_tflops that a GPU computes at, as measured by the mode 'train'
+peak_tflops = 989.0 # of a GPU, in TFLOP/s: an H100's in bfloat16
+nvlink = 450.0 # GB/s that a GPU sends to others of its machine: an H100's
+network = 400.0 # GB/s that a machine sends to others: 8 cards of 400 Gbit/s
+gpu_hour = 2.5 # price of a GPU for an hour
 # data
 dataset = 'openwebtext' # a folder of data/ that was prepared
 batch_size = 12 # sequences per step
@@ -32,8 +47,9 @@ n_head = 12 # attention heads per block
 n_embd = 768 # width
 dropout = 0.0 # costs time too
 bias = False # biases in Linears and LayerNorms
+loss_chunk = 0 # positions whose logits exist at a time, 0: all
 # optimizer
-optimizer = 'adamw' # or 'muon', whose step is then also timed beside torch's own
+optimizer = 'adamw' # or 'muon'
 # system
 device = 'auto' # 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto' # 'float32', 'bfloat16', 'float16', or 'fast': as 'auto', but bfloat16 on CPUs that multiply it faster
@@ -41,14 +57,20 @@ compile: bool | str = 'auto' # torch.compile
 config, given = configure(globals(), model='model.py:GPTConfig', also=('train.py',)) # a training recipe tells the sizes
 
 # -----------------------------------------------------------------------------
+import importlib.util
 import itertools
 import os
-import statistics
+import shlex
+import sys
 import tempfile
 import time
 from functools import partial
+from json import dump
+from statistics import median
 
+import numpy as np
 import torch
+from torch.nn import functional as F
 
 import muon
 from data.loader import Loader
@@ -60,67 +82,222 @@ from ops import Linear, pack
 from parallel import any_rank
 from runlog import RunLog
 
-at_least(config, 1, 'steps', 'prompt_tokens', 'new_tokens')
-one_of(config, optimizer=('adamw', 'muon'), mode=('train', 'generate'))
+at_least(config, 1, 'steps', 'prompt_tokens', 'new_tokens', 'batch_size', 'block_size')
+at_least(config, 0, 'warmup_steps', 'gpu_hour')
+above(config, 0, 'tokens', 'tokens_per_iter', 'mfu', 'peak_tflops', 'nvlink', 'network')
+one_of(config, optimizer=('adamw', 'muon'), mode=('train', 'generate', 'data', 'optimizer', 'growth', 'project'))
 device, dtype, compile = resolve(device, dtype, compile)
+kind = device.partition(':')[0] # 'cuda' of 'cuda:0'
 tune(device)
 torch.manual_seed(seed)
 ctx = autocast(device, dtype)
-
-def clock():
-    """Seconds, once the device has done all it was given."""
-    if device != 'cpu':
-        getattr(torch, device.partition(':')[0]).synchronize()
-    return time.perf_counter()
+figures = {} # what json holds
 
 # -----------------------------------------------------------------------------
-# generation: every token reads all weights once, so the speed of a matrix times a vector is its ceiling
+# clocks and ceilings
+def clock():
+    """Seconds, once the device has done all it was given."""
+    if kind != 'cpu':
+        getattr(torch, kind).synchronize()
+    return time.perf_counter()
+
+def seconds(run, *args):
+    t = clock()
+    run(*args)
+    return clock() - t
+
+def in_turn(runs, rounds):
+    """Seconds that each of `runs` (a dict of functions) took, sorted, `rounds` times one after the other; one round before warms up."""
+    taken = [[seconds(run) for run in runs.values()] for _ in range(1 + rounds)]
+    return {name: sorted(each) for name, each in zip(runs, zip(*taken[1:]))}
+
+def report(name, value, unit, note='', digits=2):
+    """One line, and a figure of the json file."""
+    print(f'  {name:<36} {value:14,.{digits}f} {unit:<10} {"(" + note + ")" if note else ""}'.rstrip())
+    figures[name] = {'value': value, 'unit': unit, 'note': note}
+
+def spread(taken, scale=1000.0, digits=2):
+    return f'median of {len(taken)}, {min(taken) * scale:,.{digits}f} to {max(taken) * scale:,.{digits}f}'
+
+def matmul_ceiling(n=2048):
+    """FLOP/s of a large matrix product in the dtype of the run, the faster of torch's own and our Linear's."""
+    a, layer = torch.randn(n, n, device=device, dtype=DTYPES[dtype]), Linear(n, n, bias=False, device=device, dtype=DTYPES[dtype])
+    # with gradients wanted, as in training, the two may differ
+    return 2 * n**3 / min(median(taken) for taken in in_turn({'torch': lambda: a @ layer.weight.detach(), 'ours': lambda: layer(a)}, 10).values())
+
+def copy_ceiling(size=2**26):
+    """Bytes/s, read and written, of copying what no cache holds."""
+    a, b = torch.ones(2, size, device=device)
+    return 2 * a.nbytes / median(in_turn({'copy': lambda: b.copy_(a)}, 10)['copy'])
+
 @torch.inference_mode()
-def matvec_bandwidth(size=2**26, repeats=20):
-    """Bytes/s at which this machine multiplies a matrix that no cache holds by a vector: torch's own way, and the fastest of ours on two shapes."""
+def matvec_ceiling(size=2**26, repeats=20):
+    """Bytes/s at which a matrix that no cache holds is multiplied by a vector: torch's own way, and the fastest of ours on two shapes."""
     speeds = []
-    for rows, cols in ((8192, size // 8192), (65536, size // 65536)):
-        layer, x = Linear(cols, rows, bias=False, device=device, dtype=DTYPES[dtype]), torch.randn(1, cols, device=device).to(DTYPES[dtype])
+    for rows in (8192, 65536):
+        layer, x = Linear(size // rows, rows, bias=False, device=device, dtype=DTYPES[dtype]), torch.randn(1, size // rows, device=device).to(DTYPES[dtype])
         own = layer.weight.detach()
         if device == 'cpu':
             pack(layer)
         for product in (lambda: own @ x[0], lambda: layer(x)):
-            t = clock()
-            for _ in range(repeats): # a GPU is asked for the time once
-                product()
-            speeds.append(repeats * own.nbytes / (clock() - t))
+            speeds.append(repeats * own.nbytes / seconds(lambda: [product() for _ in range(repeats)])) # a GPU is asked for the time once
     return speeds[0], max(speeds)
 
-def theirs():
-    """transformers' GPT-2 of the same shape with random weights, None for networks that are not GPT-2's (but for biases)."""
-    plain = read_knobs('model.py:GPTConfig')
-    if any(repr(globals()[name]) != plain[name].default for name in
-           ('pos', 'norm', 'activation', 'qk_norm', 'tie_embeddings', 'embed_norm', 'logit_cap', 'n_kv_head')):
-        return None
-    from transformers import GPT2Config, GPT2LMHeadModel
-    sizes = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, n_positions=block_size, vocab_size=vocab_size, bos_token_id=0, eos_token_id=None)
-    return GPT2LMHeadModel(GPT2Config(**sizes)).to(device, DTYPES[dtype]).eval()
+# -----------------------------------------------------------------------------
+# what is timed
+def make_model(**other):
+    return GPT(GPTConfig(**{**{name: globals()[name] for name in GPTConfig.__dataclass_fields__}, **other}))
 
-if mode == 'generate':
+def make_optimizer(model, which=optimizer):
+    settings = 0.1, 1e-4, (0.9, 0.95), kind
+    return model.configure_optimizers(*settings) if which == 'adamw' else muon.configure(model, dict.fromkeys(('matrix_lr', 'embed_lr', 'head_lr')), *settings)
+
+def transformers_gpt2():
+    """transformers' GPT-2 of the same shape, with random weights; a ValueError for networks that are not GPT-2's (but for biases)."""
+    plain = read_knobs('model.py:GPTConfig')
+    odd = [name for name in ('pos', 'norm', 'activation', 'qk_norm', 'tie_embeddings', 'embed_norm', 'logit_cap', 'n_kv_head') if repr(globals()[name]) != plain[name].default]
+    if odd:
+        raise ValueError(f'compare=transformers is for GPT-2\'s network, not with {", ".join(f"{name}={globals()[name]!r}" for name in odd)}')
+    from transformers import GPT2Config, GPT2LMHeadModel
+    drop = dict.fromkeys(('resid_pdrop', 'embd_pdrop', 'attn_pdrop'), dropout)
+    return GPT2LMHeadModel(GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd, n_positions=block_size, vocab_size=vocab_size, bos_token_id=0, eos_token_id=None, **drop))
+
+class Trainer:
+    """A model and its optimizer; called with a batch (X, Y) it trains one step as train.py does."""
+
+    def __init__(self, model, optimizer, forward=None):
+        self.raw_model, self.optimizer = model.to(device).train(), optimizer
+        self.model = torch.compile(model, dynamic=False) if compile else model
+        self.forward = forward or (lambda X, Y: self.model(X, Y)[1])
+        self.scaler = torch.amp.GradScaler(enabled=dtype == 'float16')
+        self.bad_in_row, self.clipped = torch.zeros(2, device=device)
+
+    def __call__(self, X, Y, log=None, clock=lambda: 0.0):
+        """Seconds of forward, backward and optimizer by `clock`, by default without stopping for it; with `log` also train.py's guards."""
+        ticks = [clock()]
+        with ctx:
+            loss = self.forward(X, Y)
+            if log:
+                loss = loss * (1 + 0 * loss.detach())
+        ticks.append(clock())
+        self.scaler.scale(loss).backward()
+        ticks.append(clock())
+        self.scaler.unscale_(self.optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.raw_model.parameters(), 1.0)
+        if log:
+            bad = (~grad_norm.isfinite()).float()
+            self.bad_in_row, self.clipped = (self.bad_in_row + 1) * bad, self.clipped + (grad_norm > 1.0)
+            self.optimizer.found_inf = bad
+            any_rank(False)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if log: # a row at every step
+            log.row(iter=0, tokens=0, loss=loss.item(), lr=1e-4, grad_norm=grad_norm.item(), clipped=self.clipped.item(), bad_steps=int(self.bad_in_row),
+                    tokens_per_second=0.0, memory_gb=memory_gb(device))
+            vars(self.optimizer).pop('found_inf', None) # the scaler of float16 takes it away itself
+        ticks.append(clock())
+        return [b - a for a, b in zip(ticks, ticks[1:])]
+
+def rival():
+    """The Trainer that `compare` names, with AdamW."""
+    if compare == 'transformers':
+        model = transformers_gpt2()
+        return Trainer(model, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True), lambda X, Y: F.cross_entropy(them.model(X).logits.flatten(0, 1), Y.flatten()))
+    if not os.path.isfile(compare):
+        raise ValueError(f"compare={compare!r} is neither 'transformers' nor the path of a model.py")
+    spec = importlib.util.spec_from_file_location('model_to_compare', compare)
+    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec) # dataclasses look themselves up
+    spec.loader.exec_module(module)
+    fields = getattr(module.GPTConfig, '__dataclass_fields__', {})
+    model = module.GPT(module.GPTConfig(**{name: value for name, value in globals().items() if name in fields}))
+    return Trainer(model, make_optimizer(model, 'adamw'))
+
+def get_batches():
+    """Endless training batches; the size of the vocabulary becomes that of the data."""
+    global vocab_size
+    if not real_data:
+        X, Y = torch.randint(vocab_size, (2, batch_size, block_size), device=device)
+        return iter(lambda: (X, Y), None)
+    data_dir = os.path.join('data', dataset)
+    vocab_size = vocab_size if 'vocab_size' in given else model_vocab_size(dataset_meta(data_dir))
+    return Loader(os.path.join(data_dir, 'train.bin'), block_size, batch_size, vocab_size, seed).train_batches(itertools.count(), device)
+
+def describe(model):
+    return f'{model.get_num_params() / 1e6:.2f}M parameters on {device}, {dtype}{", compiled" if compile else ""}'
+
+# -----------------------------------------------------------------------------
+def bench_train():
+    global them
+    batches = get_batches()
+    model = make_model()
+    model.loss_chunk = loss_chunk
+    us = Trainer(model, make_optimizer(model))
+    print(f'{describe(model)}; {batch_size} sequences of {block_size} tokens')
+    report('first step', seconds(lambda: us(*next(batches))) * 1000, 'ms', 'compiles' if compile else '')
+    for _ in range(warmup_steps):
+        us(*next(batches))
+    parts = []
+    for _ in range(steps):
+        t = clock()
+        batch = next(batches)
+        parts.append([clock() - t, *us(*batch, clock=clock)])
+    figures['memory'] = {'value': memory_gb(device), 'unit': 'GB', 'note': 'peak'} # before anybody else takes some
+    runs = {'flatgpt': lambda: us(*next(batches))}
+    if compare:
+        them = rival()
+        runs[compare] = lambda: them(*next(batches))
+    taken = in_turn(runs, steps) # without a clock between the parts
+    dt = median(taken['flatgpt'])
+    for name, each in zip(('data', 'forward', 'backward', 'optimizer'), zip(*parts)):
+        report(name, median(each) * 1000, 'ms', f'{median(each) / sum(map(median, zip(*parts))):.1%}')
+    report('step', dt * 1000, 'ms', spread(taken['flatgpt']))
+    report('speed', batch_size * block_size / dt, 'tokens/s', digits=0)
+    ceiling = matmul_ceiling()
+    report('share of a matmul', model.estimate_mfu(batch_size, dt, ceiling) * 100, '%', f'of 2048 x 2048, on this machine now: {ceiling / 1e12:.3f} TFLOP/s', 1)
+    if peak_flops(device, dtype):
+        report('MFU', model.estimate_mfu(batch_size, dt, peak_flops(device, dtype)) * 100, '%', f'data sheet: {peak_flops(device, dtype) / 1e12:.0f} TFLOP/s', 1)
+    if figures['memory']['value']:
+        report('peak memory', figures['memory']['value'], 'GB')
+    if compile:
+        report('graphs compiled', torch._dynamo.utils.counters['stats']['unique_graphs'], '', digits=0)
+    if compare:
+        report(f'{compare}: step', median(taken[compare]) * 1000, 'ms', spread(taken[compare]))
+        report('its time over ours', median(taken[compare]) / dt, 'times')
+    if guards:
+        with tempfile.TemporaryDirectory() as folder:
+            log = RunLog(folder, config, quiet=False)
+            log.bar.disable = True
+            plain, guarded = map(median, in_turn({'plain': lambda: us(*next(batches)), 'guarded': lambda: us(*next(batches), log=log)}, steps).values())
+        report('guards', (guarded - plain) * 1000, 'ms', f'{guarded / plain - 1:+.2%} of {plain * 1000:.2f} ms, medians of {steps} steps in turn')
+    if profile:
+        with torch.profiler.profile() as trace:
+            us(*next(batches))
+        trace.export_chrome_trace('trace.json')
+        print(trace.key_averages().table(sort_by='self_cpu_time_total' if kind == 'cpu' else 'self_device_time_total', row_limit=12, max_name_column_width=40))
+        print('wrote trace.json; open it in chrome://tracing or ui.perfetto.dev')
+
+def bench_generate():
+    """Every token reads all weights once, so the speed of a matrix times a vector is the ceiling."""
     if prompt_tokens + new_tokens > block_size:
         raise ValueError(f'prompt_tokens={prompt_tokens} and new_tokens={new_tokens} do not fit block_size={block_size}')
-    sizes = GPTConfig(**{name: globals()[name] for name in GPTConfig.__dataclass_fields__})
-    models = {'plain': GPT(sizes).to(device, DTYPES[dtype]).eval()}
-    num_params = models['plain'].get_num_params()
+    if compare not in ('', 'transformers'):
+        raise ValueError(f"compare={compare!r}: generation is compared with 'transformers'")
+    models = {'plain': make_model().to(device, DTYPES[dtype]).eval()}
     if device == 'cpu': # as sample.py does
         for rows in (1, 16):
-            models[rows] = GPT(sizes).to(DTYPES[dtype]).eval()
+            models[rows] = make_model().to(DTYPES[dtype]).eval()
             pack(models[rows], rows)
-        models['int8'] = GPT(sizes).bfloat16().eval()
+        models['int8'] = make_model().bfloat16().eval()
         pack(models['int8'], int8=True)
-    prompt, other = torch.randint(vocab_size, (1, prompt_tokens), device=device), theirs()
+    prompt, num_params = torch.randint(vocab_size, (1, prompt_tokens), device=device), models['plain'].get_num_params()
     made = lambda B, name=None, **options: list(stream(models.get(name or B, models['plain']), prompt.tolist(), new_tokens, range(B), temperature=0, **options))
-    step = torch.compile(models['plain'], dynamic=False, mode='reduce-overhead' if 'cuda' in device else None) if compile else None
-    rivals = {'flatgpt, batch 1': (1, lambda: made(1)), 'flatgpt, batch 16': (16, lambda: made(16)),
-              **({'flatgpt, int8, batch 1': (1, lambda: made(1, 'int8'))} if device == 'cpu' else {}),
-              **({f'flatgpt, compiled, batch {B}': (B, partial(made, B, 'plain', compiled=step)) for B in (1, 16)} if compile else {}),
-              'recomputing the context, batch 1': (1, lambda: recompute()),
-              **({'transformers, batch 1': (1, lambda: other.generate(prompt, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0))} if other else {})}
+    runs = {'flatgpt, batch 1': lambda: made(1), 'flatgpt, batch 16': lambda: made(16)}
+    if device == 'cpu':
+        runs['flatgpt, int8, batch 1'] = lambda: made(1, 'int8')
+    if compile:
+        step = torch.compile(models['plain'], dynamic=False, mode='reduce-overhead' if kind == 'cuda' else None)
+        runs.update({f'flatgpt, compiled, batch {B}': partial(made, B, 'plain', compiled=step) for B in (1, 16)})
 
     @torch.inference_mode()
     def recompute():
@@ -128,129 +305,142 @@ if mode == 'generate':
         for _ in range(new_tokens):
             ids = torch.cat([ids, models['plain'](ids[:, -block_size:])[0][:, -1].argmax(-1, keepdim=True)], dim=1)
 
-    seconds, bandwidths = {name: [] for name in rivals}, []
-    for i in range(1 + steps): # all in turn; the first round warms up
-        bandwidths.append(matvec_bandwidth())
-        for name, (_, run) in rivals.items():
-            t = clock()
-            run()
-            seconds[name].append(clock() - t)
+    runs['recomputing the context, batch 1'] = recompute
+    if compare:
+        other = transformers_gpt2().to(device, DTYPES[dtype]).eval()
+        runs['transformers, batch 1'] = lambda: other.generate(prompt, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
+    bandwidths = []
+    taken = in_turn({'': lambda: bandwidths.append(matvec_ceiling()), **runs}, steps)
     read = num_params * DTYPES[dtype].itemsize
-    own, best = map(statistics.median, zip(*bandwidths[1:]))
-    ceiling = best / read
-    print(f'{num_params / 1e6:.1f}M parameters on {device}, {dtype}; {prompt_tokens} tokens of prompt, {new_tokens} new ones, median of {steps}')
-    print(f'  {"ceiling of batch 1":<34} {ceiling:8.1f} tokens/s   (a matrix times a vector: {best / 1e9:.1f} GB/s; by torch.mv {own / 1e9:.1f} GB/s, {own / read:.1f} tokens/s)')
-    for name, (B, _) in rivals.items():
-        speeds = sorted(B * new_tokens / each for each in seconds[name][1:])
-        speed = statistics.median(speeds)
-        print(f'  {name:<34} {speed:8.1f} tokens/s   ({speeds[0]:.1f} to {speeds[-1]:.1f})' + (f', {speed / ceiling:.0%} of the ceiling' if B == 1 else ''))
-    raise SystemExit
+    own, best = map(median, zip(*bandwidths[1:]))
+    print(f'{describe(models["plain"])}; {prompt_tokens} tokens of prompt, {new_tokens} new ones')
+    report('ceiling of batch 1', best / read, 'tokens/s', f'a matrix times a vector: {best / 1e9:.1f} GB/s; by torch.mv {own / 1e9:.1f} GB/s, {own / read:.1f} tokens/s', 1)
+    for name in runs:
+        B = int(name.split()[-1])
+        speeds = [B * new_tokens / each for each in taken[name]]
+        share = f', {median(speeds) * read / best:.0%} of the ceiling' if B == 1 else ''
+        report(name, median(speeds), 'tokens/s', spread(speeds, 1, 1) + share, 1)
 
-# -----------------------------------------------------------------------------
-# data and model
-if real_data:
-    data_dir = os.path.join('data', dataset)
-    meta = dataset_meta(data_dir)
-    vocab_size = vocab_size if 'vocab_size' in given else model_vocab_size(meta)
-    batches = Loader(os.path.join(data_dir, 'train.bin'), block_size, batch_size, vocab_size, seed).train_batches(itertools.count(), device)
-else:
-    X, Y = torch.randint(vocab_size, (2, batch_size, block_size), device=device)
-    batches = iter(lambda: (X, Y), None)
-raw_model = model = GPT(GPTConfig(**{name: globals()[name] for name in GPTConfig.__dataclass_fields__})).to(device)
-settings = 0.1, 1e-4, (0.9, 0.95), device.partition(':')[0]
-rates = dict.fromkeys(('matrix_lr', 'embed_lr', 'head_lr'))
-optimizer = model.configure_optimizers(*settings) if optimizer == 'adamw' else muon.configure(model, rates, *settings)
-scaler = torch.amp.GradScaler(enabled=dtype == 'float16')
-if compile:
-    model = torch.compile(model, dynamic=False)
+def random_window_batch(path):
+    """A batch as the simplest loader makes it: the file opened anew, one window after the other from random places."""
+    ids = np.memmap(path, dtype=np.uint16, mode='r')
+    starts = torch.randint(len(ids) - block_size, (batch_size,)).tolist()
+    return [torch.stack([torch.from_numpy(ids[i + shift:i + shift + block_size].astype(np.int64)) for i in starts]).to(device) for shift in (0, 1)]
 
-# -----------------------------------------------------------------------------
-# the step, with a clock between its parts
-def step(guarded=False):
-    """One training step: seconds of data, forward, backward, optimizer (in it most of the guards, as in train.py)."""
-    global bad_in_row, clipped
-    ticks = [clock()]
-    X, Y = next(batches)
-    ticks.append(clock())
-    with ctx:
-        _, loss = model(X, Y)
-        if guarded:
-            loss = loss * (1 + 0 * loss.detach())
-    ticks.append(clock())
-    scaler.scale(loss).backward()
-    ticks.append(clock())
-    scaler.unscale_(optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), 1.0)
-    if guarded:
-        bad = (~grad_norm.isfinite()).float()
-        bad_in_row, clipped = (bad_in_row + 1) * bad, clipped + (grad_norm > 1.0)
-        optimizer.found_inf = bad
-        any_rank(False)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    if guarded: # a row of the log at every step
-        log.row(iter=0, tokens=0, loss=loss.item(), lr=1e-4, grad_norm=grad_norm.item(), clipped=clipped.item(), bad_steps=int(bad_in_row),
-                tokens_per_second=0.0, memory_gb=memory_gb(device))
-        vars(optimizer).pop('found_inf', None) # the scaler of float16 takes it away itself
-    ticks.append(clock())
-    return [b - a for a, b in zip(ticks, ticks[1:])]
-
-def matmul_ceiling(n=2048, repeats=10):
-    """FLOP/s of a large square matmul in the dtype of the run: the honest ceiling of this machine, now."""
-    a, b = torch.randn(2, n, n, device=device).to(DTYPES[dtype])
-    seconds = []
-    for _ in range(repeats):
-        t = clock()
-        a @ b
-        seconds.append(clock() - t)
-    return 2 * n**3 / statistics.median(seconds)
-
-def muon_steps(matrices):
-    """Median seconds of a step of our Muon and of torch's, alternating, with gradients like those of training."""
-    pair = muon.Muon([dict(params=matrices, muon=True, momentum=0.95, steps=0)], fused=False), torch.optim.Muon(matrices)
-    grads, seconds = [torch.randn_like(p) for p in matrices], ([], [])
-    for i in range(warmup_steps + steps):
-        for each, optimizer in zip(seconds, pair):
-            for p, grad in zip(matrices, grads):
-                p.grad = grad.clone()
-            t = clock()
-            optimizer.step()
-            each.append(clock() - t)
-    return [statistics.median(each[warmup_steps:]) for each in seconds]
-
-# -----------------------------------------------------------------------------
-t = clock()
-for _ in range(warmup_steps):
-    step()
-print(f'{raw_model.get_num_params() / 1e6:.2f}M parameters on {device}, {dtype}{", compiled" if compile else ""}; '
-      f'{warmup_steps} steps of warmup took {clock() - t:.1f} s')
-parts = [step() for _ in range(steps)]
-totals = sorted(map(sum, parts))
-dt = statistics.median(totals)
-for name, seconds in zip(('data', 'forward', 'backward', 'optimizer'), zip(*parts)):
-    print(f'  {name:<10} {statistics.median(seconds) * 1000:9.2f} ms')
-print(f'  step       {dt * 1000:9.2f} ms   (median of {steps}, {totals[0] * 1000:.2f} to {totals[-1] * 1000:.2f})')
-print(f'  {batch_size * block_size / dt:,.0f} tokens/s')
-ceiling = matmul_ceiling()
-print(f'  {raw_model.estimate_mfu(batch_size, dt, ceiling) * 100:.1f}% of a 2048 x 2048 matmul on this machine now ({ceiling / 1e12:.3f} TFLOP/s)')
-if peak_flops(device, dtype):
-    print(f'  {raw_model.estimate_mfu(batch_size, dt, peak_flops(device, dtype)) * 100:.1f}% MFU (data sheet: {peak_flops(device, dtype) / 1e12:.0f} TFLOP/s)')
-if isinstance(optimizer, muon.Muon):
-    matrices = next(group['params'] for group in optimizer.param_groups if group.get('muon'))
-    ours, theirs = muon_steps(matrices)
-    print(f'  muon       {ours * 1000:9.2f} ms   ({ours / dt * 100:.0f}% of the step; torch.optim.Muon on the same {len(matrices)} matrices: {theirs * 1000:.2f} ms)')
-if guards:
-    bad_in_row, clipped = torch.zeros(2, device=device)
+def bench_data(number=500):
     with tempfile.TemporaryDirectory() as folder:
-        log = RunLog(folder, config, quiet=False)
-        log.bar.disable = True
-        plain, guarded = zip(*((sum(step()), sum(step(guarded=True))) for _ in range(steps)))
-    plain, guarded = statistics.median(plain), statistics.median(guarded)
-    print(f'  guards     {(guarded - plain) * 1000:9.2f} ms   ({(guarded / plain - 1) * 100:+.2f}% of {plain * 1000:.2f} ms, medians of {steps} alternating pairs)')
-if profile:
-    with torch.profiler.profile() as trace:
-        step()
-    trace.export_chrome_trace('trace.json')
-    print(trace.key_averages().table(sort_by='self_cpu_time_total' if device == 'cpu' else 'self_device_time_total', row_limit=12, max_name_column_width=40))
-    print('wrote trace.json; open it in chrome://tracing or ui.perfetto.dev')
+        path, limit = os.path.join('data', dataset, 'train.bin'), model_vocab_size(dataset_meta(os.path.join('data', dataset))) if real_data else vocab_size
+        if not real_data:
+            path = os.path.join(folder, 'train.bin')
+            np.random.default_rng(seed).integers(0, min(limit, 65536), 10**7).astype(np.uint16).tofile(path)
+        batches = Loader(path, block_size, batch_size, limit, seed).train_batches(itertools.count(), device)
+        taken = in_turn({'flatgpt': lambda: [next(batches) for _ in range(number)], 'a window at a time': lambda: [random_window_batch(path) for _ in range(number)]}, steps)
+        print(f'batches of {batch_size} sequences of {block_size} tokens, to {device}')
+        size = number * batch_size * block_size
+        ceiling = copy_ceiling() / 18 # of a token two bytes are read and twice eight are written
+        for name, each in taken.items():
+            report(name, size / median(each) / 1e6, 'M tokens/s', f'{spread([t / number for t in each], 1e6, 0)} us a batch, {size / median(each) / ceiling:.0%} of copying', 1)
+        report('ratio', median(taken['a window at a time']) / median(taken['flatgpt']), 'times')
+        del batches # its thread lets go of the file
+
+def bench_optimizer():
+    """AdamW reads four numbers of each parameter and writes three; Muon multiplies matrices."""
+    model = make_model().to(device)
+    params, matrices = list(model.parameters()), [p for name, p in model.named_parameters() if '.h.' in name and p.dim() == 2]
+    rows = {'AdamW, fused': (params, make_optimizer(model, 'adamw')), "AdamW, torch's default": (params, torch.optim.AdamW(params)),
+            'Muon, matrices of the blocks': (matrices, muon.Muon([dict(params=matrices, muon=True, momentum=0.95, steps=0)], fused=False)),
+            'torch.optim.Muon, the same': (matrices, torch.optim.Muon(matrices))}
+    grads = {p: torch.randn_like(p) for p in params}
+    taken = {name: [] for name in rows}
+    for i in range(warmup_steps + steps):
+        for name, (mine, each) in rows.items():
+            for p in mine:
+                p.grad = grads[p].clone()
+            taken[name].append(seconds(each.step))
+            each.zero_grad()
+    taken = {name: each[warmup_steps:] for name, each in taken.items()}
+    memory, products = copy_ceiling(), matmul_ceiling()
+    print(f'{describe(model)}, {sum(p.numel() for p in matrices) / 1e6:.2f}M of them in matrices of the blocks')
+    flops = 0
+    for p in matrices: # queries, keys and values are three matrices in one
+        n = 3 if p.size(0) == 3 * p.size(1) else 1
+        small, large = sorted((p.size(0) // n, p.size(1)))
+        flops += 4 * n * (4 * small * small * large + 2 * small**3) # four steps
+    for name, each in taken.items():
+        share = (f'{28 * sum(p.numel() for p in params) / median(each) / memory:.0%} of copying, {memory / 1e9:.1f} GB/s' if 'AdamW' in name
+                 else f'{flops / median(each) / products:.0%} of a matmul, {products / 1e12:.3f} TFLOP/s' if name.startswith('Muon') else '')
+        report(name, median(each) * 1000, 'ms', f'{spread(each)}; {share}'.rstrip('; '))
+
+def bench_growth():
+    """What a token costs as the data grows, and as the context does, attention's own share of the work taken out."""
+    global block_size, batch_size
+    most = max(4096, batch_size * block_size)
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, 'train.bin')
+        model = make_model(block_size=block_size)
+        us = Trainer(model, make_optimizer(model))
+        loaders = {}
+        for size in (10**6, 10**7, 10**8, 10**9):
+            os.makedirs(os.path.join(folder, str(size)))
+            path = os.path.join(folder, str(size), 'train.bin')
+            with open(path, 'wb') as f:
+                f.truncate(2 * size) # zeros that take no space on disk
+            loaders[f'{size // 10**6:,}M tokens'] = Loader(path, block_size, batch_size, vocab_size, seed).train_batches(itertools.count(), device)
+        print(f'{describe(model)}; a step of {batch_size} sequences of {block_size} tokens, by the length of the data')
+        taken = in_turn({name: lambda batches=batches: us(*next(batches)) for name, batches in loaders.items()}, steps)
+        for name, each in taken.items():
+            report(name, median(each) / batch_size / block_size * 1e6, 'us/token', f'{median(each) / median(taken["1M tokens"]):.3f} of the first, {spread(each)} ms')
+        by_data = [figures[name]['value'] for name in taken]
+        loaders.clear()
+    print(f'the same, {most} tokens a step, by the length of the context')
+    taken, flops = {}, {}
+    for T in (256, 512, 1024, 2048, 4096):
+        block_size, batch_size = T, most // T
+        model = make_model()
+        us, (X, Y) = Trainer(model, make_optimizer(model)), torch.randint(vocab_size, (2, batch_size, T), device=device)
+        taken[T], flops[T] = in_turn({'': lambda: us(X, Y)}, steps)[''], model.estimate_mfu(1, 1.0, T)
+        per_token = median(taken[T]) / batch_size / T
+        rate, first = per_token / flops[T], median(taken[256]) / (most // 256 * 256) / flops[256]
+        report(f'T = {T}', per_token * 1e6, 'us/token', f'{flops[T] / flops[256]:.2f} of the work, {rate / first:.2f} of the time for it, {spread(taken[T])} ms')
+    if png:
+        import matplotlib
+        matplotlib.use('Agg')
+        import matplotlib.pyplot as plt
+        figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout='constrained')
+        axes[0].plot([1e6, 1e7, 1e8, 1e9], by_data, marker='.')
+        axes[1].plot(list(taken), [figures[f'T = {T}']['value'] for T in taken], marker='.', label='measured')
+        axes[1].plot(list(taken), [figures['T = 256']['value'] * flops[T] / flops[256] for T in taken], linestyle='--', label='as the work grows')
+        for axis, label in zip(axes, ('tokens of data', 'tokens of context')):
+            axis.set(xscale='log', xlabel=label, ylim=(0, None))
+            axis.grid(alpha=0.3)
+        axes[0].set_ylabel(f'microseconds a token ({device}, {dtype})')
+        axes[1].legend()
+        figure.savefig(png, dpi=110)
+        print(f'wrote {png}')
+
+def project():
+    """Time and price of a training run on many GPUs, from the work, the share of the peak and the links; nothing is measured."""
+    with torch.device('meta'):
+        model = make_model()
+    per_token, num_params = model.estimate_mfu(1, 1.0, block_size), sum(p.numel() for p in model.parameters())
+    iterations = tokens / tokens_per_iter
+    print(f'{num_params / 1e6:.1f}M parameters; {per_token / 1e6:,.0f} MFLOP a token x {tokens / 1e9:g} billion tokens = {per_token * tokens:.2e} FLOP\n'
+          f'{iterations:,.0f} iterations of {tokens_per_iter:,.0f} tokens, at {mfu:.0%} of {peak_tflops:g} TFLOP/s a GPU\n'
+          f'gradients: {4 * num_params / 1e9:.2f} GB in float32; they travel 2 (n - 1) / n times, at {nvlink:g} GB/s within a machine of 8, {min(nvlink, network):g} GB/s between\n')
+    print(f'  {"GPUs":>6} {"tokens a GPU":>13} {"compute":>10} {"exchange":>10} {"of compute":>11} {"iteration":>10} {"whole run":>11} {"price":>9}')
+    for n in gpus:
+        compute = per_token * tokens_per_iter / n / (mfu * peak_tflops * 1e12)
+        exchange = 2 * (n - 1) / n * 4 * num_params / ((nvlink if n <= 8 else min(nvlink, network)) * 1e9)
+        iteration = max(compute, compute / 3 + exchange) # DDP exchanges while backward, two thirds of the compute, still runs
+        hours = iterations * iteration / 3600
+        print(f'  {n:>6,} {tokens_per_iter / n:>13,.0f} {compute * 1000:>7,.1f} ms {exchange * 1000:>7,.1f} ms {exchange / compute:>11.1%} '
+              f'{iteration * 1000:>7,.1f} ms {hours * 60:>7,.1f} min {hours * n * gpu_hour:>9,.0f}')
+        figures[f'{n} GPUs'] = {'value': hours, 'unit': 'hours', 'note': f'{exchange / compute:.1%} of the compute is exchanged'}
+    print('\nwhat does not hide behind backward, two thirds of the compute, adds to the iteration; latencies are left out')
+
+{'train': bench_train, 'generate': bench_generate, 'data': bench_data, 'optimizer': bench_optimizer, 'growth': bench_growth, 'project': project}[mode]()
+if json:
+    machine = torch.cuda.get_device_name(device) if kind == 'cuda' else f'{torch.get_num_threads()} threads'
+    with open(json, 'w', encoding='utf-8') as f:
+        dump(dict(command=shlex.join(['python', *sys.argv]), device=device, machine=machine, dtype=dtype, compiled=compile, torch=torch.__version__, figures=figures), f, indent=1)
+    print(f'wrote {json}')

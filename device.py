@@ -81,10 +81,33 @@ def resolve(device, dtype, compile, quantize=''):
     return device, dtype, compile
 
 
+def cpu_threads(root='/sys'):
+    """
+    How many threads suit this process on Linux: torch's own choice, the physical cores. But torchrun sets OMP_NUM_THREADS=1,
+    which leaves cores idle, so there they are dealt out; and a container may be allowed less processor time than it sees cores.
+    """
+    def read(path):
+        try:
+            with open(os.path.join(root, path), encoding='ascii') as f:
+                return f.read().split()
+        except (OSError, ValueError):
+            return []
+    threads, processes = torch.get_num_threads(), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    if processes > 1 and os.environ.get('OMP_NUM_THREADS') == '1':
+        cores = {tuple(read(f'devices/system/cpu/cpu{i}/topology/thread_siblings_list')) for i in os.sched_getaffinity(0)}
+        threads = max(1, len(cores) // processes)
+    quota = read('fs/cgroup/cpu.max') # microseconds of so many
+    if len(quota) == 2 and quota[0] != 'max':
+        threads = min(threads, max(1, int(quota[0]) // int(quota[1]) // processes))
+    return threads
+
+
 def tune(device):
-    """Settings of torch and the C library that cost nothing and help: TF32 on GPUs, no page faults on CPU."""
+    """Settings of torch and the C library that cost nothing and help: TF32 on GPUs; on CPUs threads, and no page faults."""
     torch.set_float32_matmul_precision('high') # TF32 where the hardware has it; no effect on CPU
     if 'cpu' in device and sys.platform == 'linux':
+        if cpu_threads() != torch.get_num_threads():
+            torch.set_num_threads(cpu_threads())
         # glibc gives every tensor over 32 MB pages of its own, and each page faults when first touched: a
         # fifth of a training step (8.7 against 7.1 s at 10.65M parameters, measured). So let it keep freed memory.
         M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3 # mallopt(3)

@@ -202,6 +202,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False # True: backward recomputes each block, less memory for a third more work
+        self.loss_chunk = 0 # positions whose logits exist at a time in training, 0: all
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             **(dict(wpe=nn.Embedding(config.block_size, config.n_embd)) if config.pos == 'learned' else {}),
@@ -241,7 +242,8 @@ class GPT(nn.Module):
         cache: a KVCache that holds what came before idx, and idx too from now on
 
         Returns (logits, loss): with targets the logits of every position (B, T, vocab_size) and the
-        mean cross-entropy in nats; without, those of the last position only (B, 1, vocab_size) and None.
+        mean cross-entropy in nats (with loss_chunk, in training, None for the logits); without, those of the
+        last position only (B, 1, vocab_size) and None.
         """
         B, T = idx.shape
         cfg, table, bias = self.config, None, None
@@ -263,12 +265,20 @@ class GPT(nn.Module):
             extend = partial(cache.extend, i) if cache is not None else None
             x = checkpoint(block, x, table, bias, use_reentrant=False) if self.gradient_checkpointing and self.training else block(x, table, bias, extend)
         x = self.transformer.ln_f(x)
-        logits = self.lm_head(x if targets is not None else x[:, -1:])
-        if cfg.logit_cap:
-            logits = cfg.logit_cap * torch.tanh(logits.float() / cfg.logit_cap)
         if targets is None:
-            return logits, None
+            return self.head(x[:, -1:]), None
+        if self.loss_chunk and self.training: # logits in pieces that backward recomputes: less memory for one more product with the head
+            pieces = zip(x.flatten(0, 1).split(self.loss_chunk), targets.flatten().split(self.loss_chunk))
+            return None, sum(checkpoint(self.loss_sum, *piece, use_reentrant=False) for piece in pieces) / (targets >= 0).sum()
+        logits = self.head(x)
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    def head(self, x):
+        cap, logits = self.config.logit_cap, self.lm_head(x)
+        return cap * torch.tanh(logits.float() / cap) if cap else logits
+
+    def loss_sum(self, x, targets):
+        return F.cross_entropy(self.head(x), targets, ignore_index=-1, reduction='sum')
 
     def crop_block_size(self, block_size):
         """Change the longest context the model takes, for instance of a pretrained GPT-2; learned positions can only be cut."""

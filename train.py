@@ -74,6 +74,7 @@ backend = 'auto' # between processes: 'nccl' for GPUs, 'gloo' for CPUs
 dist_timeout = 600 # seconds without an answer after which another process is given up; longer than a save takes
 fsdp = False # True: share weights and optimizer state between processes (FSDP2), for models larger than a GPU
 gradient_checkpointing = False # True: recompute activations in backward, a third more work for less memory
+loss_chunk = 0 # positions whose logits exist at a time, 0: all; for large vocabularies, one more product with the head for less memory
 device = 'auto' # 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto' # 'float32', 'bfloat16', 'float16', or 'fast': as 'auto', but bfloat16 on CPUs that multiply it faster
 compile: bool | str = 'auto' # torch.compile: a slow start, then faster steps
@@ -106,7 +107,7 @@ from runlog import RunLog, health, say
 save_interval = config['save_interval'] = eval_interval if save_interval is None else save_interval
 at_least(config, 1, 'eval_interval', 'save_interval', 'log_interval', 'eval_iters', 'keep_checkpoints',
          'gradient_accumulation_steps', 'batch_size', 'block_size', 'dist_timeout')
-at_least(config, 0, 'beta1', 'beta2', 'seed', 'max_bad_steps', 'batch_size_warmup_iters', 'patience', 'learning_rate', 'min_lr',
+at_least(config, 0, 'beta1', 'beta2', 'seed', 'max_bad_steps', 'batch_size_warmup_iters', 'patience', 'loss_chunk', 'learning_rate', 'min_lr',
          'warmup_iters', 'lr_decay_iters', 'weight_decay', 'grad_clip')
 below(config, 1, 'beta1', 'beta2')
 above(config, 0, 'decay_share')
@@ -140,7 +141,7 @@ else: # this run's own checkpoint to go on with, or other weights to fine-tune
     if not same_tokenizer(loaded.get('meta') or meta, meta):
         raise ValueError(f'{source}: the weights were trained with another vocabulary than that of {data_dir}')
     ckpt.fit_sizes(model, asked, source)
-model.gradient_checkpointing = gradient_checkpointing
+model.gradient_checkpointing, model.loss_chunk = gradient_checkpointing, loss_chunk
 if fsdp:
     parallel.shard(model, device, dtype, compile)
 model.to(device)

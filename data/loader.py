@@ -7,6 +7,7 @@ can work ahead.
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 
 import numpy as np
 import torch
@@ -96,7 +97,7 @@ class Loader:
         self.starts = find_starts(self.tokens, lines, block_size) if lines and lines.align else None
         self.targets = batch_size * block_size # how many of a batch count, on average
         if self.masked:
-            share = (self.gather(self.train_starts(0, 4096))[1] >= 0).double().mean().item()
+            share = (self.gather(self.train_starts(np.arange(4096)))[1] >= 0).double().mean().item()
             if not share:
                 raise ValueError(f'{path}: in 4096 windows nothing follows a prompt or mask_before_token, so no target counts')
             self.targets *= share
@@ -117,9 +118,9 @@ class Loader:
             Y[self.mask[starts][:, 1:] == 0] = -1
         return torch.from_numpy(X), torch.from_numpy(Y)
 
-    def train_starts(self, first, rows):
+    def train_starts(self, numbers):
         """
-        Where the training windows number first ... first + rows - 1 of this run begin (rows,).
+        Where the training windows with these numbers (rows,), counted over the whole run, begin (rows,).
 
         An epoch is as many whole windows as fit side by side, shifted by a random phase that
         changes with the epoch, so that the cuts between windows move. Windows that begin with
@@ -129,35 +130,36 @@ class Loader:
         if self.starts is not None:
             N, T = len(self.starts) + 1, max(1, round(len(self.starts) * T / N)) # counted in lines
         per_epoch = max(1, (N - T) // T)
-        number = np.arange(first, first + rows)
-        starts = np.empty(rows, dtype=np.int64)
-        for epoch in np.unique(number // per_epoch):
-            here = number // per_epoch == epoch
+        starts, epochs = np.empty(len(numbers), dtype=np.int64), numbers // per_epoch
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
             key = self.seed * 1_000_003 + int(epoch)
             phase = permute([0], N - per_epoch * T, key)[0]
-            starts[here] = permute(number[here] % per_epoch, per_epoch, key) * T + phase
+            starts[here] = permute(numbers[here] % per_epoch, per_epoch, key) * T + phase
         return starts if self.starts is None else self.starts[starts]
 
     def train_batches(self, numbers, device):
         """
         The training micro-batches (X, Y) with these numbers (an iterable of ints), on `device`: number n
-        holds the windows n * batch_size and on of the run, whoever asks. A thread prepares one ahead, in
-        pinned memory for CUDA.
+        holds the windows n * batch_size and on of the run, whoever asks. A thread works ahead, in pinned
+        memory for CUDA, by several at a time: numpy's calls cost more than their work on a small batch.
         """
         pin = 'cuda' in device
+        numbers, at_a_time = iter(numbers), min(256, max(1, 2**19 // (self.batch_size * self.block_size)))
 
-        def load(number):
-            X, Y = self.gather(self.train_starts(number * self.batch_size, self.batch_size))
+        def load(numbers):
+            rows = np.array(numbers)[:, None] * self.batch_size + np.arange(self.batch_size)
+            X, Y = (z.view(*rows.shape, -1) for z in self.gather(self.train_starts(rows.ravel())))
             return (X.pin_memory(), Y.pin_memory()) if pin else (X, Y)
 
-        with ThreadPoolExecutor(1) as ahead:
-            numbers = iter(numbers)
-            batch = ahead.submit(load, next(numbers))
-            while batch:
-                X, Y = batch.result()
-                number = next(numbers, None)
-                batch = None if number is None else ahead.submit(load, number)
-                yield X.to(device, non_blocking=pin), Y.to(device, non_blocking=pin)
+        with ThreadPoolExecutor(1) as thread:
+            ahead = thread.submit(load, list(islice(numbers, at_a_time)))
+            while ahead:
+                batches = zip(*ahead.result())
+                following = list(islice(numbers, at_a_time))
+                ahead = thread.submit(load, following) if following else None
+                for X, Y in batches:
+                    yield X.to(device, non_blocking=pin), Y.to(device, non_blocking=pin)
 
     def eval_batches(self, max_batches, rank, world_size, device):
         """

@@ -1,7 +1,9 @@
+import os
+
 import pytest
 import torch
 
-from device import peak_flops, resolve
+from device import cpu_threads, peak_flops, resolve
 
 
 @pytest.fixture
@@ -61,3 +63,21 @@ def test_peak_flops_is_known_or_none_never_invented(machine):
     assert peak_flops('cuda:0', 'bfloat16') == 756e12
     machine(capability=(9, 0), name='Some GPU of 2030')
     assert peak_flops('cuda:0', 'bfloat16') is None and peak_flops('cpu', 'float32') is None
+
+
+@pytest.mark.skipif(not hasattr(os, 'sched_getaffinity'), reason='for Linux')
+@pytest.mark.parametrize('processes, quota, want', [(1, None, 6), (1, 'max 100000', 6), (1, '250000 100000', 2), (1, '50000 100000', 1),
+                                                    (2, None, 2), (8, None, 1), (2, '200000 100000', 1)])
+def test_threads_are_the_cores_that_a_process_may_use(tmp_path, monkeypatch, processes, quota, want):
+    for cpu in range(8): # four cores of two threads
+        folder = tmp_path / f'devices/system/cpu/cpu{cpu}/topology'
+        folder.mkdir(parents=True)
+        (folder / 'thread_siblings_list').write_text(f'{cpu % 4},{cpu % 4 + 4}\n')
+    if quota:
+        (tmp_path / 'fs/cgroup').mkdir(parents=True)
+        (tmp_path / 'fs/cgroup/cpu.max').write_text(quota + '\n')
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: set(range(8)))
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: 6 if processes == 1 else 1)
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', str(processes))
+    monkeypatch.setenv('OMP_NUM_THREADS', '1')
+    assert cpu_threads(str(tmp_path)) == want

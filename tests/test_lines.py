@@ -48,7 +48,7 @@ def test_targets_that_count_equal_those_found_by_hand(tmp_path, per_line, align,
     for seed in range(3):
         text = random_text(seed)
         data = loader(tmp_path, text, block_size, mask_per_line=per_line, align_to_lines=align)
-        starts = data.train_starts(0, 2 * len(text) // block_size)
+        starts = data.train_starts(np.arange(2 * len(text) // block_size))
         X, Y = data.gather(starts)
         for start, x, y in zip(starts, X.tolist(), Y.tolist()):
             window = text[start:start + block_size + 1]
@@ -73,10 +73,10 @@ def test_aligned_windows_begin_with_lines_that_fit_and_reach_all_of_them(tmp_pat
     firsts = [0] + [m.end() for m in re.finditer('\n', text)]
     fit = [i for i in firsts if i + 6 < len(text) and 0 < len(text[i:].partition('\n')[0]) <= 6]
     assert data.starts.tolist() == fit
-    per_epoch = len(set(data.train_starts(0, 10**4).tolist()))
+    per_epoch = len(set(data.train_starts(np.arange(10**4)).tolist()))
     assert per_epoch == len(fit) # in time every such line is a beginning
     T = max(1, round(len(fit) * 6 / len(text)))
-    epoch = data.train_starts(0, (len(fit) + 1 - T) // T)
+    epoch = data.train_starts(np.arange((len(fit) + 1 - T) // T))
     assert len(set(epoch.tolist())) == len(epoch) # none twice within an epoch
     for X, _ in data.eval_batches(3, 0, 1, 'cpu'):
         assert all(''.join(META['itos'][i] for i in x) in {text[i:i + 6] for i in fit} for x in X.tolist())
@@ -84,7 +84,7 @@ def test_aligned_windows_begin_with_lines_that_fit_and_reach_all_of_them(tmp_pat
 
 def test_one_line_is_enough_to_align_to(tmp_path):
     data = loader(tmp_path, 'a=b\n' + 'a' * 20, 8, align_to_lines=True)
-    assert data.train_starts(0, 5).tolist() == [0] * 5
+    assert data.train_starts(np.arange(5)).tolist() == [0] * 5
 
 
 def test_line_starts_are_found_across_chunks(tmp_path):
@@ -98,7 +98,7 @@ def test_without_masks_and_alignment_nothing_changes(tmp_path):
     plain = loader(tmp_path, random_text(1), 9, mask_before_token='')
     assert plain.lines is None and plain.targets == 8 * 9 and (plain.gather(np.arange(50))[1] >= 0).all()
     aligned = loader(tmp_path, random_text(1), 9, mask_before_token='', align_to_lines=True)
-    assert aligned.targets == 8 * 9 and (aligned.gather(aligned.train_starts(0, 50))[1] >= 0).all()
+    assert aligned.targets == 8 * 9 and (aligned.gather(aligned.train_starts(np.arange(50)))[1] >= 0).all()
 
 
 def test_bpe_tokens_mark_and_end_lines_too(fake_bpe):

@@ -219,7 +219,7 @@ def test_sizes_that_make_no_model_are_refused(changes, message):
         GPTConfig(**changes)
 
 
-@pytest.mark.parametrize('module, needs', [(model_module, {'math', 'dataclasses', 'functools', 'torch', 'ops'}), (ops, {'torch'})])
+@pytest.mark.parametrize('module, needs', [(model_module, {'math', 'dataclasses', 'functools', 'torch', 'ops'}), (ops, {'os', 'platform', 'torch'})])
 def test_model_py_touches_nothing_of_ours_but_ops(module, needs):
     with open(module.__file__, encoding='utf-8') as f:
         imports = {line.split()[1].split('.')[0] for line in f if line.startswith(('import ', 'from '))}
@@ -242,6 +242,45 @@ def test_gradient_checkpointing_changes_no_gradient_and_keeps_less(dropout):
         kept.append(sum(sizes))
         gradients.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients)) and kept[1] < kept[0] / 2
+
+
+@pytest.mark.parametrize('cap', [0.0, 15.0])
+def test_the_loss_in_pieces_is_the_same_and_never_holds_all_logits(cap):
+    gradients, largest = [], []
+    idx = torch.randint(500, (4, 32))
+    targets = torch.where(torch.rand(4, 32) < 0.3, -1, idx)
+    for chunk in (0, 10):
+        torch.manual_seed(1)
+        model = GPT(GPTConfig(block_size=32, vocab_size=500, n_layer=1, n_head=2, n_embd=16, logit_cap=cap))
+        model.loss_chunk, sizes = chunk, []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: (sizes.append(x.numel()), x)[1], lambda x: x):
+            loss = model(idx, targets)[1]
+        loss.backward()
+        gradients.append([loss, *(p.grad for p in model.parameters())])
+        largest.append(max(sizes))
+        assert model.eval()(idx, targets)[0].shape == (4, 32, 500)
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    assert largest[0] >= 4 * 32 * 500 and largest[1] <= 4 * 32 * 64 # the widest of the rest
+
+
+@pytest.mark.skipif(not ops.AMD, reason='elsewhere torch takes the same library for all')
+@pytest.mark.parametrize('bias', [True, False])
+def test_large_products_on_amd_equal_torchs(bias):
+    torch.manual_seed(0)
+    x, results = torch.randn(2, 256, 512), []
+    for kind in (ops.Linear, torch.nn.Linear):
+        torch.manual_seed(1)
+        layer, leaf = kind(512, 1024, bias=bias), x.clone().requires_grad_()
+        y = layer(leaf)
+        assert (type(y.grad_fn).__name__ == 'ProductBackward') == (kind is ops.Linear)
+        y.backward(torch.ones_like(y).cumsum(-1) / 1024)
+        results.append([y, leaf.grad, *(p.grad for p in layer.parameters())])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
+    frozen = ops.Linear(512, 1024, bias=bias).requires_grad_(False)
+    frozen(x.requires_grad_()).sum().backward()
+    assert frozen.weight.grad is None and x.grad is not None
 
 
 # -----------------------------------------------------------------------------
