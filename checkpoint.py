@@ -118,10 +118,17 @@ def load(path):
     checkpoint = read(path)
     sizes = ('n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size')
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get('model'), dict) \
-            or not isinstance(checkpoint.get('model_args'), dict) \
+            or not isinstance(checkpoint.get('model_args'), dict) or not isinstance(checkpoint.get('config', {}), dict) \
             or not all(type(checkpoint['model_args'].get(name)) is int for name in sizes) \
-            or type(checkpoint.get('iter_num')) is not int:
+            or not all(isinstance(name, str) and torch.is_tensor(p) for name, p in checkpoint['model'].items()) \
+            or type(checkpoint.get('iter_num')) is not int or not isinstance(checkpoint.get('best_val_loss', 0.0), (int, float, torch.Tensor)):
         raise ValueError(f'{path} refused: it is no checkpoint of a GPT (it needs model, model_args and iter_num)')
+    for name, field in GPTConfig.__dataclass_fields__.items():
+        value = checkpoint['model_args'].get(name, field.default)
+        if not isinstance(value, field.type) and not (type(field.default) is float and type(value) is int):
+            raise ValueError(f'{path} refused: {name}={value!r} in its model_args')
+    if checkpoint.get('meta'):
+        check_meta(checkpoint['meta'], path)
     for prefix in PREFIXES:
         checkpoint['model'] = {name.removeprefix(prefix): p for name, p in checkpoint['model'].items()
                                if not name.endswith('.attn.bias')} # the causal mask that early versions of nanoGPT kept
@@ -173,6 +180,10 @@ def with_lora(model, rank):
 def build_model(checkpoint, dropout=0.0, attn_dropout=None):
     """The GPT that a loaded checkpoint describes, with its weights, on CPU; ValueError where they do not fit."""
     sizes = {name: value for name, value in checkpoint['model_args'].items() if name in GPTConfig.__dataclass_fields__}
+    layers = {name.split('.')[2] for name in checkpoint['model'] if name.startswith('transformer.h.')}
+    wte = checkpoint['model'].get('transformer.wte.weight', torch.empty(0))
+    if len(layers) != sizes['n_layer'] or wte.shape != (sizes['vocab_size'], sizes['n_embd']): # before memory is taken for them
+        raise ValueError(f'{checkpoint["path"]} refused: its weights do not fit its model_args ({len(layers)} layers, wte of {tuple(wte.shape)})')
     model = GPT(GPTConfig(**{**sizes, 'dropout': dropout, 'attn_dropout': attn_dropout}))
     try:
         model.load_state_dict(checkpoint['model'])

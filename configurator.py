@@ -33,6 +33,7 @@ class Knob(NamedTuple):
 
 def fail(message, code=2):
     """Say what is wrong in one line and leave with exit code 2."""
+    message = ''.join(c if c.isprintable() else repr(c)[1:-1] for c in message) # whatever text was quoted in it
     rank = f"[rank {os.environ['RANK']}] " if 'RANK' in os.environ else ''
     print(f'{rank}error: {message}', file=sys.stderr, flush=True)
     tell_torchrun(message)

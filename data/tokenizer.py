@@ -39,7 +39,10 @@ def from_meta(meta):
                          lambda text: np.frombuffer(text.encode(), dtype=np.uint8), 256)
     if kind == 'json': # the file format of the package tokenizers, and so of the Hugging Face hub
         import tokenizers
-        bpe, plain = tokenizers.Tokenizer.from_str(meta['json']), tokenizers.Tokenizer.from_str(meta['json'])
+        try:
+            bpe, plain = tokenizers.Tokenizer.from_str(meta['json']), tokenizers.Tokenizer.from_str(meta['json'])
+        except Exception as e: # a bare one
+            raise ValueError(f'the tokenizer in meta.pkl is damaged ({e})') from e
         plain.encode_special_tokens = True
         return Tokenizer(lambda text: bpe.encode(text, add_special_tokens=False).ids, lambda ids: bpe.decode(ids, skip_special_tokens=False),
                          meta['vocab_size'], lambda text: np.array(plain.encode(text, add_special_tokens=False).ids, dtype=np.uint32), eot)
@@ -189,11 +192,14 @@ def dataset_meta(folder):
 def check_meta(meta, where):
     """`meta` itself if it describes a tokenizer, else a ValueError that names `where` it came from."""
     keys = {'gpt2': {}, 'byte': {}, 'tiktoken': {'name': str}, 'json': {'json': str}}
-    if isinstance(meta, dict) and isinstance(meta.get('vocab_size'), int) and meta.get('dtype', 'uint16') in ('uint16', 'uint32'):
-        if meta.get('tokenizer') in keys and all(isinstance(meta.get(name), kind) for name, kind in keys[meta['tokenizer']].items()):
-            return meta
-        if (isinstance(meta.get('stoi'), dict) and isinstance(meta.get('itos'), dict)
-                and set(meta['itos']) == set(range(meta['vocab_size'])) == set(meta['stoi'].values())):
+    if isinstance(meta, dict) and type(meta.get('vocab_size')) is int and meta['vocab_size'] > 0 and meta.get('dtype', 'uint16') in ('uint16', 'uint32') \
+            and type(meta.get('eot')) in (int, type(None)):
+        kind, stoi, itos = meta.get('tokenizer'), meta.get('stoi'), meta.get('itos')
+        if isinstance(kind, str) and kind in keys:
+            if all(isinstance(meta.get(name), each) for name, each in keys[kind].items()):
+                return meta
+        elif isinstance(stoi, dict) and isinstance(itos, dict) and len(stoi) == len(itos) == meta['vocab_size'] \
+                and all(isinstance(c, str) and type(i) is int and 0 <= i < len(itos) and itos.get(i) == c and (len(c) == 1 or i == meta.get('eot')) for c, i in stoi.items()):
             return meta
     raise ValueError(f'{where} refused: it needs vocab_size, stoi and itos that agree, or the name of a tokenizer; prepare the dataset again')
 
