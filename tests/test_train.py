@@ -387,3 +387,13 @@ def test_make_lists_its_targets(project):
 def test_several_runs_are_drawn_into_one_picture(project, trained, tmp_path):
     png = tmp_path / 'both.png'
     assert 'wrote' in project.run('runlog.py', trained[0], trained[0], f'--png={png}').stdout and png.stat().st_size > 10000
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ('c++', 'g++', 'clang++'))), reason='compiling on CPU needs a C++ compiler')
+def test_a_compiled_run_compiles_once_to_train_and_once_to_evaluate(project):
+    """Neither warmup and schedule nor a growing batch, a skipped log or an evaluation bring new shapes or constants."""
+    run = project.run('train.py', *TINY, '--compile=True', '--n_layer=1', '--out_dir=out-compiled', '--eval_interval=4', '--max_iters=9', '--warmup_iters=3',
+                      '--gradient_accumulation_steps=2', '--batch_size_warmup_iters=3', '--dropout=0.1', '--log_interval=2', launcher=[sys.executable],
+                      env={'TORCH_LOGS': 'recompiles'})
+    reasons = [line for line in run.stderr.splitlines() if 'Recompiling function' in line]
+    assert len(reasons) == 1, run.stderr # for model.eval()
