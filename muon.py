@@ -110,11 +110,11 @@ def configure(model, rates, weight_decay, learning_rate, betas, device_type):
     matrices = [p for name, p in params.items() if '.h.' in name and p.dim() == 2]
     head = [p for p in params.values() if p is model.lm_head.weight] # which may be wte too
     embeddings = [p for name, p in params.items() if name.endswith('wte.weight') and p is not model.lm_head.weight]
-    positions = [p for name, p in params.items() if name.endswith('wpe.weight')] # are each in every sequence, so a tenth: at the full rate they drown the tokens
+    positions = [p for name, p in params.items() if name.endswith('wpe.weight')] # at the rate of the tokens they are added to, so that neither drowns the other
     vectors = [p for name, p in params.items() if p.dim() < 2]
     groups = [dict(params=matrices, muon=True, momentum=0.95, steps=0, weight_decay=weight_decay, lr_scale=scale(matrix_lr)),
               dict(params=embeddings, weight_decay=0.0, lr_scale=scale(embed_lr)),
-              dict(params=positions, weight_decay=0.0, lr_scale=scale(embed_lr / 10)),
+              dict(params=positions, weight_decay=0.0, lr_scale=scale(head_lr if model.config.tie_embeddings else embed_lr)),
               dict(params=head, weight_decay=0.0, lr_scale=scale(head_lr)),
               dict(params=vectors, weight_decay=0.0, lr_scale=1.0)]
     return Muon([group for group in groups if group['params']], lr=learning_rate, betas=betas, fused=device_type in ('cuda', 'cpu', 'mps'))
