@@ -26,6 +26,14 @@ def load_documents(hub_name, column, streaming, data_files='', **where):
     return documents
 
 
+def unbroken(items, source):
+    """The items of a dataset one after the other; an OSError where the network, or the data, breaks off."""
+    try:
+        yield from items
+    except Exception as e: # of many kinds
+        raise OSError(f'{source} broke off ({" ".join(str(e).split()) or type(e).__name__}); the same command goes on from there') from e
+
+
 def prepare(hub_name, data_files, column, streaming, output_dir, val_every, **where):
     """
     Write a dataset in GPT-2's BPE, one document in `val_every` held out. Interrupted and repeated, it goes on where it was.
@@ -36,7 +44,7 @@ def prepare(hub_name, data_files, column, streaming, output_dir, val_every, **wh
     documents = load_documents(hub_name, column, streaming, data_files, **where)
 
     def pieces_after(n):
-        for batch in documents.skip(n).iter(batch_size=1000):
+        for batch in unbroken(documents.skip(n).iter(batch_size=1000), data_files or hub_name):
             for text in batch[column]:
                 yield Piece(text, 'val' if n % val_every == val_every - 1 else 'train', ends=True)
                 n += 1

@@ -69,6 +69,14 @@ def test_a_bad_step_is_skipped():
     assert all(torch.equal(a, b) for old, new in zip(before, after) for a, b in zip(old, new))
 
 
+@pytest.mark.parametrize('tied', [True, False])
+def test_learned_positions_are_learned_as_fast_as_the_tokens_they_are_added_to(tied):
+    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=11, tie_embeddings=tied))
+    optimizer = muon.configure(model, dict(matrix_lr=None, embed_lr=0.3, head_lr=0.01), 0.0, 1.0, (0.9, 0.95), 'cpu')
+    rates = {p: group['lr_scale'] for group in optimizer.param_groups for p in group['params']}
+    assert rates[model.transformer.wpe.weight] == rates[model.transformer.wte.weight] == (0.01 if tied else 0.3)
+
+
 def test_a_learning_rate_of_zero_stands_still(project):
     project.run('train.py', *TINY, *MUON, '--learning_rate=0', '--min_lr=0', '--max_iters=2', '--out_dir=out-still')
 

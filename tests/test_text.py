@@ -9,6 +9,7 @@ import torch
 
 from conftest import TINY
 from data import tokenizer
+from data.hub import unbroken
 from data.loader import Loader
 from data.text import prepare as text
 from data.tokenizer import byte_counts, char_meta, check_meta, from_meta, load_meta, make_meta, model_vocab_size
@@ -181,6 +182,17 @@ def test_bad_input_is_one_line_and_leaves_nothing(project, tmp_path, files, flag
         (tmp_path / name).write_bytes(content)
     assert message in project.error('data/text/prepare.py', f'--input={tmp_path}', '--dataset=bad', *flags)
     assert not (project.path / 'data' / 'bad').exists() or not os.listdir(project.path / 'data' / 'bad')
+
+
+def test_a_stream_that_breaks_off_is_one_line():
+    def documents():
+        yield 'one'
+        raise ConnectionResetError('peer\nis gone')
+
+    read = unbroken(documents(), 'owner/name')
+    assert next(read) == 'one'
+    with pytest.raises(OSError, match=r'owner/name broke off \(peer is gone\); the same command goes on'):
+        next(read)
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(project):

@@ -199,7 +199,7 @@ def split(pieces, lengths, val_share, prompts):
 
 if __name__ == '__main__':
     config, _ = configure(globals())
-    from data.hub import load_documents
+    from data.hub import load_documents, unbroken
     if bool(input) == bool(hub_name):
         raise ValueError('say what to read: --input=FILE, a folder or a glob, or --hub_name=NAME')
     if not column:
@@ -219,7 +219,7 @@ if __name__ == '__main__':
     else:
         documents = load_documents(hub_name, column, streaming=True, **({'name': name} if name else {}))
         total, unit = None, 'doc'
-        read_pieces = lambda: (piece for row in documents for piece in pieces_of(row, column, prompt, hub_name, 1))
+        read_pieces = lambda: (piece for row in unbroken(documents, hub_name) for piece in pieces_of(row, column, prompt, hub_name, 1))
     print(f'reading {f"{len(files):,} files, {total / 1e6:,.1f} MB" if input else hub_name} ...', flush=True)
     lengths, characters = survey(read_pieces(), everything=tokenizer == 'char')
     if sum(lengths) < 100:
