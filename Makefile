@@ -7,8 +7,8 @@ INPUT ?=
 CONFIG ?= $(if $(DATASET),config/train_text.py,config/train_shakespeare_char.py)
 ARGS ?=
 NGPUS ?=
-# what makes a recipe small enough for a machine without a GPU; fine-tuning takes its sizes from the weights
-OVERLAY ?= $(if $(findstring finetune,$(CONFIG)),,config/cpu.py)
+# what makes a recipe small enough for a machine without a GPU; where weights are loaded, the sizes are theirs
+OVERLAY ?= $(if $(findstring finetune,$(CONFIG))$(findstring eval,$(CONFIG)),,config/cpu.py)
 
 PY = $(VENV)/bin/python
 GPUS = $$($(PY) -c 'import torch; print(torch.cuda.device_count() or int(torch.backends.mps.is_available()))')
@@ -46,6 +46,8 @@ test: install
 
 generate-all: $(addprefix generate-,$(SMALL_DATASETS))
 
+generate-shakespeare: generate-shakespeare_char # in GPT-2's BPE, and in characters
+
 generate-%: install
 	$(PY) data/$(subst -,_,$*)/prepare.py
 
@@ -57,7 +59,7 @@ train: install
 	test -f $$dataset/train.bin -a -f $$dataset/val.bin || $(PY) $$dataset/prepare.py; \
 	gpus=$(GPUS); n=$(NGPUS); n=$${n:-$$gpus}; overlay=; test $$gpus -gt 0 || overlay='$(OVERLAY)'; \
 	launch='$(PY)'; test $$n -le 1 || launch="$(VENV)/bin/torchrun --standalone --nproc_per_node=$$n"; \
-	set -x; $$launch train.py $(CONFIG) $$overlay $(if $(DATASET),--dataset=$(DATASET)) $(ARGS)
+	set -x; $$launch train.py $(CONFIG) $$overlay $(if $(DATASET),--dataset=$(DATASET) --out_dir=out-$(DATASET)) $(ARGS)
 
 train-%:
 	@$(MAKE) --no-print-directory train CONFIG=$(RECIPE)
@@ -76,5 +78,5 @@ train-shakespeare:
 	@$(MAKE) --no-print-directory sample-shakespeare ARGS=
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache
+	rm -rf $(VENV) build *.egg-info .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -12,7 +12,7 @@ $ python bench.py config/train_gpt2.py --mode=growth --png=growth.png           
 $ python bench.py config/train_gpt2.py --mode=project --tokens=2.4e9                      # on 8, 64 and 1024 GPUs: arithmetic, not measured
 """
 
-from configurator import above, at_least, configure, one_of, read_knobs
+from configurator import above, at_least, at_most, configure, one_of
 
 # -----------------------------------------------------------------------------
 # what to time
@@ -78,19 +78,27 @@ from data.tokenizer import dataset_meta, model_vocab_size
 from device import DTYPES, autocast, memory_gb, peak_flops, resolve, tune
 from generate import stream
 from model import GPT, GPTConfig
-from ops import Linear, pack
+from ops import Linear, fast_bfloat16, pack
 from parallel import any_rank
 from runlog import RunLog
 
 at_least(config, 1, 'steps', 'prompt_tokens', 'new_tokens', 'batch_size', 'block_size')
-at_least(config, 0, 'warmup_steps', 'gpu_hour')
+at_least(config, 0, 'warmup_steps', 'gpu_hour', 'loss_chunk', 'seed')
+at_most(config, 2**63 - 1, 'seed')
 above(config, 0, 'tokens', 'tokens_per_iter', 'mfu', 'peak_tflops', 'nvlink', 'network')
 one_of(config, optimizer=('adamw', 'muon'), mode=('train', 'generate', 'data', 'optimizer', 'growth', 'project'))
+if not all(type(n) is int and n > 0 for n in gpus):
+    raise ValueError(f'gpus={gpus} must be numbers of at least 1')
 device, dtype, compile = resolve(device, dtype, compile)
 kind = device.partition(':')[0] # 'cuda' of 'cuda:0'
+if kind == 'cuda':
+    torch.cuda.set_device(device) # clock() waits for this one
 tune(device)
 torch.manual_seed(seed)
 ctx = autocast(device, dtype)
+data_dir = os.path.join('data', dataset)
+if real_data and 'vocab_size' not in given:
+    vocab_size = config['vocab_size'] = model_vocab_size(dataset_meta(data_dir))
 figures = {} # what json holds
 
 # -----------------------------------------------------------------------------
@@ -119,13 +127,15 @@ def report(name, value, unit, note='', digits=2):
 def spread(taken, scale=1000.0, digits=2):
     return f'median of {len(taken)}, {min(taken) * scale:,.{digits}f} to {max(taken) * scale:,.{digits}f}'
 
-def matmul_ceiling(n=2048):
-    """FLOP/s of a large matrix product in the dtype of the run, the faster of torch's own and our Linear's."""
-    a, layer = torch.randn(n, n, device=device, dtype=DTYPES[dtype]), Linear(n, n, bias=False, device=device, dtype=DTYPES[dtype])
-    # with gradients wanted, as in training, the two may differ
-    return 2 * n**3 / min(median(taken) for taken in in_turn({'torch': lambda: a @ layer.weight.detach(), 'ours': lambda: layer(a)}, 10).values())
+def matmul_ceiling(dtype=DTYPES[dtype], repeats=5):
+    """FLOP/s of a large matrix product, the faster of torch's own and our Linear's."""
+    n = 8192 if kind == 'cuda' else 2048
+    a, layer = torch.randn(n, n, device=device, dtype=dtype), Linear(n, n, bias=False, device=device, dtype=dtype)
+    products = {'torch': lambda: a @ layer.weight.detach(), 'ours': lambda: layer(a)} # with gradients wanted, as in training, they differ
+    taken = in_turn({name: lambda product=product: [product() for _ in range(repeats)] for name, product in products.items()}, 5) # a GPU is asked for the time once
+    return repeats * 2 * n**3 / min(map(median, taken.values()))
 
-def copy_ceiling(size=2**26):
+def copy_ceiling(device=device, size=2**26):
     """Bytes/s, read and written, of copying what no cache holds."""
     a, b = torch.ones(2, size, device=device)
     return 2 * a.nbytes / median(in_turn({'copy': lambda: b.copy_(a)}, 10)['copy'])
@@ -140,24 +150,28 @@ def matvec_ceiling(size=2**26, repeats=20):
         if device == 'cpu':
             pack(layer)
         for product in (lambda: own @ x[0], lambda: layer(x)):
-            speeds.append(repeats * own.nbytes / seconds(lambda: [product() for _ in range(repeats)])) # a GPU is asked for the time once
+            speeds.append(repeats * own.nbytes / seconds(lambda: [product() for _ in range(repeats)]))
     return speeds[0], max(speeds)
 
 # -----------------------------------------------------------------------------
 # what is timed
-def make_model(**other):
-    return GPT(GPTConfig(**{**{name: globals()[name] for name in GPTConfig.__dataclass_fields__}, **other}))
+def make_model():
+    model = GPT(GPTConfig(**{name: globals()[name] for name in GPTConfig.__dataclass_fields__}))
+    model.loss_chunk = loss_chunk
+    return model
 
 def make_optimizer(model, which=optimizer):
-    settings = 0.1, 1e-4, (0.9, 0.95), kind
+    settings = 0.1, 1e-4, (0.9, 0.95), kind # the time of a step does not depend on them
     return model.configure_optimizers(*settings) if which == 'adamw' else muon.configure(model, dict.fromkeys(('matrix_lr', 'embed_lr', 'head_lr')), *settings)
 
 def transformers_gpt2():
     """transformers' GPT-2 of the same shape, with random weights; a ValueError for networks that are not GPT-2's (but for biases)."""
-    plain = read_knobs('model.py:GPTConfig')
-    odd = [name for name in ('pos', 'norm', 'activation', 'qk_norm', 'tie_embeddings', 'embed_norm', 'logit_cap', 'n_kv_head') if repr(globals()[name]) != plain[name].default]
+    odd = [name for name, field in GPTConfig.__dataclass_fields__.items() if globals()[name] != field.default
+           and name not in ('n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size', 'dropout', 'bias', 'init')]
     if odd:
         raise ValueError(f'compare=transformers is for GPT-2\'s network, not with {", ".join(f"{name}={globals()[name]!r}" for name in odd)}')
+    if not bias:
+        print('transformers has biases, ours with --bias=True too')
     from transformers import GPT2Config, GPT2LMHeadModel
     drop = dict.fromkeys(('resid_pdrop', 'embd_pdrop', 'attn_pdrop'), dropout)
     return GPT2LMHeadModel(GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd, n_positions=block_size, vocab_size=vocab_size, bos_token_id=0, eos_token_id=None, **drop))
@@ -168,7 +182,7 @@ class Trainer:
     def __init__(self, model, optimizer, forward=None):
         self.raw_model, self.optimizer = model.to(device).train(), optimizer
         self.model = torch.compile(model, dynamic=False) if compile else model
-        self.forward = forward or (lambda X, Y: self.model(X, Y)[1])
+        self.forward = forward or (lambda model, X, Y: model(X, Y)[1])
         self.scaler = torch.amp.GradScaler(enabled=dtype == 'float16')
         self.bad_in_row, self.clipped = torch.zeros(2, device=device)
 
@@ -176,7 +190,7 @@ class Trainer:
         """Seconds of forward, backward and optimizer by `clock`, by default without stopping for it; with `log` also train.py's guards."""
         ticks = [clock()]
         with ctx:
-            loss = self.forward(X, Y)
+            loss = self.forward(self.model, X, Y)
             if log:
                 loss = loss * (1 + 0 * loss.detach())
         ticks.append(clock())
@@ -203,24 +217,28 @@ def rival():
     """The Trainer that `compare` names, with AdamW."""
     if compare == 'transformers':
         model = transformers_gpt2()
-        return Trainer(model, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True), lambda X, Y: F.cross_entropy(them.model(X).logits.flatten(0, 1), Y.flatten()))
-    if not os.path.isfile(compare):
+        forward = lambda model, X, Y: F.cross_entropy(model(X, use_cache=False).logits.flatten(0, 1), Y.flatten())
+        return Trainer(model, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True), forward)
+    if not (os.path.isfile(compare) and compare.endswith('.py')):
         raise ValueError(f"compare={compare!r} is neither 'transformers' nor the path of a model.py")
+    ours = sys.modules.pop('ops') # what it imports lies beside it
+    sys.path.insert(0, os.path.dirname(os.path.abspath(compare)))
     spec = importlib.util.spec_from_file_location('model_to_compare', compare)
     sys.modules[spec.name] = module = importlib.util.module_from_spec(spec) # dataclasses look themselves up
     spec.loader.exec_module(module)
+    sys.path.pop(0)
+    sys.modules['ops'] = ours
+    if not (hasattr(module, 'GPT') and hasattr(module, 'GPTConfig')):
+        raise ValueError(f'compare={compare!r} has no GPT and GPTConfig')
     fields = getattr(module.GPTConfig, '__dataclass_fields__', {})
     model = module.GPT(module.GPTConfig(**{name: value for name, value in globals().items() if name in fields}))
     return Trainer(model, make_optimizer(model, 'adamw'))
 
 def get_batches():
-    """Endless training batches; the size of the vocabulary becomes that of the data."""
-    global vocab_size
+    """Endless training batches."""
     if not real_data:
         X, Y = torch.randint(vocab_size, (2, batch_size, block_size), device=device)
         return iter(lambda: (X, Y), None)
-    data_dir = os.path.join('data', dataset)
-    vocab_size = vocab_size if 'vocab_size' in given else model_vocab_size(dataset_meta(data_dir))
     return Loader(os.path.join(data_dir, 'train.bin'), block_size, batch_size, vocab_size, seed).train_batches(itertools.count(), device)
 
 def describe(model):
@@ -228,10 +246,8 @@ def describe(model):
 
 # -----------------------------------------------------------------------------
 def bench_train():
-    global them
     batches = get_batches()
     model = make_model()
-    model.loss_chunk = loss_chunk
     us = Trainer(model, make_optimizer(model))
     print(f'{describe(model)}; {batch_size} sequences of {block_size} tokens')
     report('first step', seconds(lambda: us(*next(batches))) * 1000, 'ms', 'compiles' if compile else '')
@@ -242,7 +258,7 @@ def bench_train():
         t = clock()
         batch = next(batches)
         parts.append([clock() - t, *us(*batch, clock=clock)])
-    figures['memory'] = {'value': memory_gb(device), 'unit': 'GB', 'note': 'peak'} # before anybody else takes some
+    memory, graphs = memory_gb(device), compile and torch._dynamo.utils.counters['stats']['unique_graphs'] # before anybody else has some
     runs = {'flatgpt': lambda: us(*next(batches))}
     if compare:
         them = rival()
@@ -254,13 +270,13 @@ def bench_train():
     report('step', dt * 1000, 'ms', spread(taken['flatgpt']))
     report('speed', batch_size * block_size / dt, 'tokens/s', digits=0)
     ceiling = matmul_ceiling()
-    report('share of a matmul', model.estimate_mfu(batch_size, dt, ceiling) * 100, '%', f'of 2048 x 2048, on this machine now: {ceiling / 1e12:.3f} TFLOP/s', 1)
+    report('share of a matmul', model.estimate_mfu(batch_size, dt, ceiling) * 100, '%', f'of large matrices, on this machine now: {ceiling / 1e12:.3f} TFLOP/s', 1)
     if peak_flops(device, dtype):
         report('MFU', model.estimate_mfu(batch_size, dt, peak_flops(device, dtype)) * 100, '%', f'data sheet: {peak_flops(device, dtype) / 1e12:.0f} TFLOP/s', 1)
-    if figures['memory']['value']:
-        report('peak memory', figures['memory']['value'], 'GB')
+    if memory:
+        report('memory', memory, 'GB', 'now' if kind == 'mps' else 'at most')
     if compile:
-        report('graphs compiled', torch._dynamo.utils.counters['stats']['unique_graphs'], '', digits=0)
+        report('graphs compiled', graphs, '', digits=0)
     if compare:
         report(f'{compare}: step', median(taken[compare]) * 1000, 'ms', spread(taken[compare]))
         report('its time over ours', median(taken[compare]) / dt, 'times')
@@ -318,30 +334,36 @@ def bench_generate():
     for name in runs:
         B = int(name.split()[-1])
         speeds = [B * new_tokens / each for each in taken[name]]
-        share = f', {median(speeds) * read / best:.0%} of the ceiling' if B == 1 else ''
+        share = f', {median(speeds) * read / best:.0%} of the ceiling' if B == 1 and 'int8' not in name else ''
         report(name, median(speeds), 'tokens/s', spread(speeds, 1, 1) + share, 1)
 
-def random_window_batch(path):
+def random_window_batch(path, dtype):
     """A batch as the simplest loader makes it: the file opened anew, one window after the other from random places."""
-    ids = np.memmap(path, dtype=np.uint16, mode='r')
+    ids = np.memmap(path, dtype=dtype, mode='r')
     starts = torch.randint(len(ids) - block_size, (batch_size,)).tolist()
-    return [torch.stack([torch.from_numpy(ids[i + shift:i + shift + block_size].astype(np.int64)) for i in starts]).to(device) for shift in (0, 1)]
+    X, Y = [torch.stack([torch.from_numpy(ids[i + shift:i + shift + block_size].astype(np.int64)) for i in starts]) for shift in (0, 1)]
+    return [z.pin_memory().to(device, non_blocking=True) if kind == 'cuda' else z.to(device) for z in (X, Y)]
 
 def bench_data(number=500):
+    """Batches alone: `number` of them by a loader that begins anew each time, so that nothing is made ahead of the clock."""
+    def drain(batches):
+        for _ in batches:
+            pass
     with tempfile.TemporaryDirectory() as folder:
-        path, limit = os.path.join('data', dataset, 'train.bin'), model_vocab_size(dataset_meta(os.path.join('data', dataset))) if real_data else vocab_size
+        path, width = os.path.join(data_dir, 'train.bin'), dataset_meta(data_dir).get('dtype', 'uint16')
         if not real_data:
-            path = os.path.join(folder, 'train.bin')
-            np.random.default_rng(seed).integers(0, min(limit, 65536), 10**7).astype(np.uint16).tofile(path)
-        batches = Loader(path, block_size, batch_size, limit, seed).train_batches(itertools.count(), device)
-        taken = in_turn({'flatgpt': lambda: [next(batches) for _ in range(number)], 'a window at a time': lambda: [random_window_batch(path) for _ in range(number)]}, steps)
+            path, width = os.path.join(folder, 'train.bin'), 'uint16'
+            np.random.default_rng(seed).integers(0, min(vocab_size, 65536), 10**7).astype(width).tofile(path)
+        loader = Loader(path, block_size, batch_size, vocab_size, seed)
+        taken = in_turn({'flatgpt': lambda: drain(loader.train_batches(range(number), device)),
+                         'a window at a time': lambda: drain(random_window_batch(path, width) for _ in range(number))}, steps)
         print(f'batches of {batch_size} sequences of {block_size} tokens, to {device}')
         size = number * batch_size * block_size
-        ceiling = copy_ceiling() / 18 # of a token two bytes are read and twice eight are written
+        ceiling = copy_ceiling('cpu') / 18 # of a token two bytes are read and twice eight are written
         for name, each in taken.items():
             report(name, size / median(each) / 1e6, 'M tokens/s', f'{spread([t / number for t in each], 1e6, 0)} us a batch, {size / median(each) / ceiling:.0%} of copying', 1)
         report('ratio', median(taken['a window at a time']) / median(taken['flatgpt']), 'times')
-        del batches # its thread lets go of the file
+        del loader # lets go of the file
 
 def bench_optimizer():
     """AdamW reads four numbers of each parameter and writes three; Muon multiplies matrices."""
@@ -349,7 +371,7 @@ def bench_optimizer():
     params, matrices = list(model.parameters()), [p for name, p in model.named_parameters() if '.h.' in name and p.dim() == 2]
     rows = {'AdamW, fused': (params, make_optimizer(model, 'adamw')), "AdamW, torch's default": (params, torch.optim.AdamW(params)),
             'Muon, matrices of the blocks': (matrices, muon.Muon([dict(params=matrices, muon=True, momentum=0.95, steps=0)], fused=False)),
-            'torch.optim.Muon, the same': (matrices, torch.optim.Muon(matrices))}
+            'torch.optim.Muon, as many steps': (matrices, torch.optim.Muon(matrices, ns_steps=4))}
     grads = {p: torch.randn_like(p) for p in params}
     taken = {name: [] for name in rows}
     for i in range(warmup_steps + steps):
@@ -359,7 +381,7 @@ def bench_optimizer():
             taken[name].append(seconds(each.step))
             each.zero_grad()
     taken = {name: each[warmup_steps:] for name, each in taken.items()}
-    memory, products = copy_ceiling(), matmul_ceiling()
+    memory, products = copy_ceiling(), matmul_ceiling(torch.bfloat16 if fast_bfloat16(device) else torch.float32) # what Muon takes
     print(f'{describe(model)}, {sum(p.numel() for p in matrices) / 1e6:.2f}M of them in matrices of the blocks')
     flops = 0
     for p in matrices: # queries, keys and values are three matrices in one
@@ -368,7 +390,8 @@ def bench_optimizer():
         flops += 4 * n * (4 * small * small * large + 2 * small**3) # four steps
     for name, each in taken.items():
         share = (f'{28 * sum(p.numel() for p in params) / median(each) / memory:.0%} of copying, {memory / 1e9:.1f} GB/s' if 'AdamW' in name
-                 else f'{flops / median(each) / products:.0%} of a matmul, {products / 1e12:.3f} TFLOP/s' if name.startswith('Muon') else '')
+                 else f'{flops / median(each) / products:.0%} of a matmul, {products / 1e12:.3f} TFLOP/s' if name.startswith('Muon')
+                 else 'queries, keys and values as one matrix' if 'Muon' in name else '')
         report(name, median(each) * 1000, 'ms', f'{spread(each)}; {share}'.rstrip('; '))
 
 def bench_growth():
@@ -376,8 +399,7 @@ def bench_growth():
     global block_size, batch_size
     most = max(4096, batch_size * block_size)
     with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, 'train.bin')
-        model = make_model(block_size=block_size)
+        model = make_model()
         us = Trainer(model, make_optimizer(model))
         loaders = {}
         for size in (10**6, 10**7, 10**8, 10**9):
@@ -386,7 +408,7 @@ def bench_growth():
             with open(path, 'wb') as f:
                 f.truncate(2 * size) # zeros that take no space on disk
             loaders[f'{size // 10**6:,}M tokens'] = Loader(path, block_size, batch_size, vocab_size, seed).train_batches(itertools.count(), device)
-        print(f'{describe(model)}; a step of {batch_size} sequences of {block_size} tokens, by the length of the data')
+        print(f'{describe(model)}; a step of {batch_size} sequences of {block_size} tokens, by the length of the data (zeros, which no disk holds)')
         taken = in_turn({name: lambda batches=batches: us(*next(batches)) for name, batches in loaders.items()}, steps)
         for name, each in taken.items():
             report(name, median(each) / batch_size / block_size * 1e6, 'us/token', f'{median(each) / median(taken["1M tokens"]):.3f} of the first, {spread(each)} ms')
@@ -398,7 +420,7 @@ def bench_growth():
         block_size, batch_size = T, most // T
         model = make_model()
         us, (X, Y) = Trainer(model, make_optimizer(model)), torch.randint(vocab_size, (2, batch_size, T), device=device)
-        taken[T], flops[T] = in_turn({'': lambda: us(X, Y)}, steps)[''], model.estimate_mfu(1, 1.0, T)
+        taken[T], flops[T] = in_turn({'': lambda: us(X, Y)}, steps)[''], model.flops_per_token()
         per_token = median(taken[T]) / batch_size / T
         rate, first = per_token / flops[T], median(taken[256]) / (most // 256 * 256) / flops[256]
         report(f'T = {T}', per_token * 1e6, 'us/token', f'{flops[T] / flops[256]:.2f} of the work, {rate / first:.2f} of the time for it, {spread(taken[T])} ms')
@@ -422,7 +444,7 @@ def project():
     """Time and price of a training run on many GPUs, from the work, the share of the peak and the links; nothing is measured."""
     with torch.device('meta'):
         model = make_model()
-    per_token, num_params = model.estimate_mfu(1, 1.0, block_size), sum(p.numel() for p in model.parameters())
+    per_token, num_params = model.flops_per_token(), sum(p.numel() for p in model.parameters())
     iterations = tokens / tokens_per_iter
     print(f'{num_params / 1e6:.1f}M parameters; {per_token / 1e6:,.0f} MFLOP a token x {tokens / 1e9:g} billion tokens = {per_token * tokens:.2e} FLOP\n'
           f'{iterations:,.0f} iterations of {tokens_per_iter:,.0f} tokens, at {mfu:.0%} of {peak_tflops:g} TFLOP/s a GPU\n'
@@ -436,11 +458,11 @@ def project():
         print(f'  {n:>6,} {tokens_per_iter / n:>13,.0f} {compute * 1000:>7,.1f} ms {exchange * 1000:>7,.1f} ms {exchange / compute:>11.1%} '
               f'{iteration * 1000:>7,.1f} ms {hours * 60:>7,.1f} min {hours * n * gpu_hour:>9,.0f}')
         figures[f'{n} GPUs'] = {'value': hours, 'unit': 'hours', 'note': f'{exchange / compute:.1%} of the compute is exchanged'}
-    print('\nwhat does not hide behind backward, two thirds of the compute, adds to the iteration; latencies are left out')
+    print('\nof one micro-step each; what does not hide behind backward, two thirds of the compute, adds to the iteration; latencies are left out')
 
 {'train': bench_train, 'generate': bench_generate, 'data': bench_data, 'optimizer': bench_optimizer, 'growth': bench_growth, 'project': project}[mode]()
 if json:
     machine = torch.cuda.get_device_name(device) if kind == 'cuda' else f'{torch.get_num_threads()} threads'
     with open(json, 'w', encoding='utf-8') as f:
-        dump(dict(command=shlex.join(['python', *sys.argv]), device=device, machine=machine, dtype=dtype, compiled=compile, torch=torch.__version__, figures=figures), f, indent=1)
+        dump(dict(command=shlex.join(['python', *sys.argv]), device=device, machine=machine, dtype=dtype, compiled=compile, torch=torch.__version__, knobs=config, figures=figures), f, indent=1)
     print(f'wrote {json}')

@@ -192,6 +192,18 @@ def build_model(checkpoint, dropout=0.0, attn_dropout=None):
     return model
 
 
+def asked_sizes(config, given):
+    """
+    The knobs of the network that files and flags set. A flag's d_model takes the place of a file's n_embd, a flag's
+    d_head that of a file's n_head; given: {name: '--name=value' or 'file:line'}.
+    """
+    asked = {name: config[name] for name in (*GPTConfig.__dataclass_fields__, 'd_head', 'd_model') if name in given}
+    for word, other in (('d_model', 'n_embd'), ('d_head', 'n_head')):
+        if given.get(word, '').startswith('--') and not given.get(other, '--').startswith('--'):
+            del asked[other]
+    return asked
+
+
 def resolve_sizes(asked, default=(12, 768)):
     """
     (n_head, n_embd) from any sufficient subset of n_head, d_head and n_embd in the dict `asked`; d_model is

@@ -32,7 +32,7 @@ class Knob(NamedTuple):
 
 
 def fail(message, code=2):
-    """Say what is wrong in one line and leave with exit code 2."""
+    """Say what is wrong in one line and leave with this exit code."""
     message = ''.join(c if c.isprintable() else repr(c)[1:-1] for c in message) # whatever text was quoted in it
     rank = f"[rank {os.environ['RANK']}] " if 'RANK' in os.environ else ''
     print(f'{rank}error: {message}', file=sys.stderr, flush=True)
@@ -57,7 +57,7 @@ def configure(ns, model=None, also=(), own=()):
     whose knobs may stand in a config file and are passed over, so that sample.py can read a training recipe;
     of such a recipe the knobs in `own` are passed over too, which mean something else there.
 
-    Returns (config, given): all knobs as a dict, and the set of names that a file or flag set.
+    Returns (config, given): all knobs as a dict, and those that a file or flag set, {name: where}, as '--name=value' or 'file:line'.
     Every mistake of the user's ends in one line and exit code 2, here and (through
     sys.excepthook) in the rest of the script.
     """
@@ -71,7 +71,7 @@ def configure(ns, model=None, also=(), own=()):
     if {'-h', '--help'} & set(sys.argv[1:]):
         print_help(ns, knobs)
         raise SystemExit(0)
-    given = set()
+    given = {}
     for arg in sys.argv[1:]:
         if arg.startswith('-'):
             settings = read_flag(arg, knobs)
@@ -81,7 +81,7 @@ def configure(ns, model=None, also=(), own=()):
             passed_over = {name: scope[name] for name in passed_over}
         for name, (value, where) in settings.items():
             ns[name] = fit(knobs[name], value, where)
-            given.add(name)
+            given[name] = where
     return {name: ns[name] for name in knobs}, given
 
 

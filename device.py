@@ -84,7 +84,7 @@ def resolve(device, dtype, compile, quantize=''):
 def cpu_threads(root='/sys'):
     """
     How many threads suit this process on Linux: torch's own choice, the physical cores. But torchrun sets OMP_NUM_THREADS=1,
-    which leaves cores idle, so there they are dealt out; and a container may be allowed less processor time than it sees cores.
+    which leaves cores idle (and looks like a 1 of the user's own), so there they are dealt out; and a container may be allowed less processor time than it sees cores.
     """
     def read(path):
         try:

@@ -12,7 +12,7 @@ from configurator import at_least, configure
 
 # -----------------------------------------------------------------------------
 # what
-init_from = 'resume' # 'resume' (out_dir/best.pt, else ckpt.pt), a GPT-2 name, or a path to a checkpoint
+init_from = 'resume' # 'resume' (out_dir/best.pt, else ckpt.pt), a checkpoint, a folder in the format of transformers, or a name of the hub such as 'gpt2-xl'
 out_dir = 'out' # folder of the run to score
 dataset = '' # a folder of data/ that was prepared, '': the one that the run was trained on
 # how much

@@ -1,5 +1,5 @@
 """
-A GPT language model, all of it in this file. With default settings it is GPT-2, down to the
+A GPT language model, all of it in this file but for the arithmetic in ops.py. With default settings it is GPT-2, down to the
 parameter names: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". What
 has proved itself since is a knob each, off by default; config/modern.py turns on those that pay.
 """
@@ -202,7 +202,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False # True: backward recomputes each block, less memory for a third more work
-        self.loss_chunk = 0 # positions whose logits exist at a time in training, 0: all
+        self.loss_chunk = 0 # positions whose logits exist at a time, 0: all
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             **(dict(wpe=nn.Embedding(config.block_size, config.n_embd)) if config.pos == 'learned' else {}),
@@ -242,7 +242,7 @@ class GPT(nn.Module):
         cache: a KVCache that holds what came before idx, and idx too from now on
 
         Returns (logits, loss): with targets the logits of every position (B, T, vocab_size) and the
-        mean cross-entropy in nats (with loss_chunk, in training, None for the logits); without, those of the
+        mean cross-entropy in nats (with loss_chunk None for the logits); without, those of the
         last position only (B, 1, vocab_size) and None.
         """
         B, T = idx.shape
@@ -267,9 +267,9 @@ class GPT(nn.Module):
         x = self.transformer.ln_f(x)
         if targets is None:
             return self.head(x[:, -1:]), None
-        if self.loss_chunk and self.training: # logits in pieces that backward recomputes: less memory for one more product with the head
+        if self.loss_chunk: # logits in pieces that backward recomputes: less memory for one more product with the head
             pieces = zip(x.flatten(0, 1).split(self.loss_chunk), targets.flatten().split(self.loss_chunk))
-            return None, sum(checkpoint(self.loss_sum, *piece, use_reentrant=False) for piece in pieces) / (targets >= 0).sum()
+            return None, sum(checkpoint(self.loss_sum, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces) / (targets >= 0).sum()
         logits = self.head(x)
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
@@ -301,11 +301,14 @@ class GPT(nn.Module):
     def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops):
         """
         Model FLOPs utilization: the share of `peak_flops` (FLOP/s) that fwdbwd_per_iter sequences of
-        block_size tokens in dt seconds come to. 6N + 12LHQT per token, PaLM appendix B (arXiv:2204.02311).
+        block_size tokens in dt seconds come to.
         """
+        return self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / peak_flops
+
+    def flops_per_token(self):
+        """Of a forward and a backward pass: 6N + 12LHQT, PaLM appendix B (arXiv:2204.02311)."""
         cfg = self.config
-        flops_per_token = 6 * self.get_num_params() + 12 * cfg.n_layer * cfg.n_embd * cfg.block_size
-        return flops_per_token * cfg.block_size * fwdbwd_per_iter / dt / peak_flops
+        return 6 * self.get_num_params() + 12 * cfg.n_layer * cfg.n_embd * cfg.block_size
 
     def generate(self, idx, max_new_tokens, **options):
         """Continue idx (B, T), each row for itself, by max_new_tokens tokens: (B, T + max_new_tokens). Options as for stream() in generate.py."""

@@ -4,7 +4,6 @@ model.py and this file need no other of ours. On other devices, and where torch 
 """
 
 import os
-import platform
 
 import torch
 import torch.nn as nn
@@ -13,7 +12,7 @@ from torch.nn import functional as F
 
 def amd_cpu():
     """Is this an AMD CPU, on which torch's choice for float32, Intel's MKL, multiplies matrices a fifth slower than oneDNN?"""
-    name = platform.processor()
+    name = os.environ.get('PROCESSOR_IDENTIFIER', '') # Windows'
     if os.path.exists('/proc/cpuinfo'):
         with open('/proc/cpuinfo', encoding='utf-8', errors='replace') as f:
             name += f.read(10_000)

@@ -13,7 +13,7 @@ from configurator import above, at_least, at_most, configure
 
 # -----------------------------------------------------------------------------
 # what from
-init_from = 'resume' # 'resume' (out_dir/best.pt, else ckpt.pt), a GPT-2 name, or a path to a checkpoint
+init_from = 'resume' # 'resume' (out_dir/best.pt, else ckpt.pt), a checkpoint, a folder in the format of transformers, or a name of the hub such as 'gpt2-xl'
 out_dir = 'out' # folder of the run to sample from
 # what
 start: str | list = '\n' # the prompt, FILE:name for a file's text, LINES:name for a prompt a line, - for standard input, or a list of these

@@ -12,7 +12,7 @@ On 2 machines, each with its own node_rank:
 $ torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --master_port=1234 train.py config/train_gpt2.py --gradient_accumulation_steps=48
 """
 
-from configurator import above, at_least, below, configure, fail, one_of
+from configurator import above, at_least, at_most, below, configure, fail, one_of
 
 # -----------------------------------------------------------------------------
 # I/O
@@ -24,7 +24,7 @@ eval_only = False # True: evaluate what was loaded and exit
 save_interval: int | None = None # iterations between two checkpoints, None: as often as evaluations
 always_save_checkpoint = True # False: beside the last checkpoint keep the best, best.pt, for sampling
 keep_checkpoints = 1 # how many of the latest to keep, as ckpt-ITERATION.pt when more than one
-init_from = 'scratch' # 'scratch', 'resume', 'auto' (resume if there is a checkpoint), 'gpt2*', or a path to fine-tune from
+init_from = 'scratch' # 'scratch', 'resume', 'auto' (resume if there is a checkpoint), or what to fine-tune: a run's folder, a checkpoint, a folder in the format of transformers, a name of the hub such as 'gpt2-xl'
 # wandb logging
 wandb_log = False # needs the package wandb and a login
 wandb_project = 'owt' # the project that runs are filed under
@@ -50,7 +50,7 @@ bias = False # biases in Linears and LayerNorms, as GPT-2 has them?
 optimizer = 'adamw' # or 'muon', for the matrices in the blocks
 learning_rate = 6e-4 # the highest
 matrix_lr: float | None = None # of muon's matrices, None: 0.02
-embed_lr: float | None = None # of the embeddings beside muon (tied ones: head_lr), None: falls with the root of the width
+embed_lr: float | None = None # of the embeddings beside muon (tied ones: head_lr), positions with them, None: falls with the root of the width
 head_lr: float | None = None # of the head beside muon, None: falls with the root of the width
 max_iters = 600000 # iterations in all
 weight_decay = 1e-1 # on matrices only
@@ -63,7 +63,7 @@ decay_lr = True # False: learning_rate throughout
 lr_schedule = 'cosine' # or 'trapezoid': constant, then linear to min_lr over the last decay_share of lr_decay_iters
 decay_share = 0.6 # of the trapezoid
 warmup_iters = 2000 # iterations of linear rise
-lr_decay_iters = 600000 # where the cosine ends, about max_iters (Hoffmann et al. 2022)
+lr_decay_iters = 600000 # where the decay ends, about max_iters (Hoffmann et al. 2022)
 min_lr = 6e-5 # where it ends, about learning_rate / 10
 batch_size_warmup_iters = 0 # iterations in which the batch grows linearly to gradient_accumulation_steps
 # when to stop before max_iters
@@ -110,6 +110,7 @@ at_least(config, 1, 'eval_interval', 'save_interval', 'log_interval', 'eval_iter
 at_least(config, 0, 'beta1', 'beta2', 'seed', 'max_bad_steps', 'batch_size_warmup_iters', 'patience', 'loss_chunk', 'learning_rate', 'min_lr',
          'warmup_iters', 'lr_decay_iters', 'weight_decay', 'grad_clip')
 below(config, 1, 'beta1', 'beta2')
+at_most(config, 2**63 - 1, 'seed')
 above(config, 0, 'decay_share')
 one_of(config, optimizer=('adamw', 'muon'), lr_schedule=('cosine', 'trapezoid'))
 device, dtype, compile = resolve(device, dtype, compile)
@@ -126,7 +127,7 @@ meta = dataset_meta(data_dir) # of its tokenizer, travels in the checkpoint
 own = os.path.join(out_dir, 'ckpt.pt') # this run's
 init_from = ckpt.where_from(init_from, own, config) # 'auto', and a restart by torchrun after a fault, may mean 'resume'
 torch.manual_seed(seed)
-asked = {name: config[name] for name in (*GPTConfig.__dataclass_fields__, 'd_head', 'd_model') if name in given}
+asked = ckpt.asked_sizes(config, given)
 
 if init_from == 'scratch':
     if lora_rank > 0:
@@ -169,7 +170,7 @@ iter_num, best_val_loss, best_iter = 0, float('inf'), 0
 best_file = run_id = None # the file of the best weights, and wandb's id
 if init_from == 'resume':
     ckpt.load_optimizer(optimizer, scaler, loaded)
-    iter_num, best_val_loss = loaded['iter_num'], float(loaded['best_val_loss'])
+    iter_num, best_val_loss = loaded['iter_num'], float(loaded.get('best_val_loss', 'inf'))
     best_iter, best_file, run_id = loaded.get('best_iter', iter_num), loaded.get('best_file'), loaded.get('run_id')
     if parallel.agree(iter_num) != iter_num:
         raise ValueError(f'{own} is at iteration {iter_num} here and another at rank 0; out_dir must be one folder that all machines see')
@@ -235,7 +236,7 @@ if not eval_only:
     if master_process and init_from != 'resume':
         ckpt.set_aside(out_dir)
 peak = peak_flops(device, dtype)
-peak_speed = peak and world_size * block_size / raw_model.estimate_mfu(1, 1.0, peak) # tokens/s of an MFU of 1
+peak_speed = peak and world_size * peak / raw_model.flops_per_token() # tokens/s of an MFU of 1
 bad_in_row, bad_steps, clipped = torch.zeros(3, device=device) # bad steps in a row; bad and clipped ones since the last log
 save_due, unsaved = False, {} # is a save due; why the last write of a file failed
 ended = problem = '' # why the run ends early; what makes its exit code 1

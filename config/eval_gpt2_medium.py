@@ -4,9 +4,11 @@
 #   launch     python train.py config/eval_gpt2_medium.py
 #   before     python data/openwebtext/prepare.py
 
+import os
+
 init_from = 'gpt2-medium'
 eval_only = True
 eval_iters = 500 # 500 * 8 sequences of 1024 tokens
 batch_size = 8
-gradient_accumulation_steps = 1
+gradient_accumulation_steps = int(os.environ.get('WORLD_SIZE', 1)) # one for each of torchrun's processes
 wandb_log = False

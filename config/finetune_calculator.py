@@ -2,6 +2,8 @@
 #   launch     python train.py config/finetune_calculator.py, or with --init_from=out-wordcalc to see what another task helps
 #   before     python data/calculator/prepare.py --max_digits=5, or what else it is to learn; all tasks share one vocabulary
 
+import os
+
 init_from = 'out-calculator'
 out_dir = 'out-calculator-finetuned'
 wandb_project = 'lines'
@@ -11,7 +13,7 @@ dataset = 'calculator'
 mask_before_token = '=' # only the answers are learned
 mask_per_line = True
 align_to_lines = True
-gradient_accumulation_steps = 1
+gradient_accumulation_steps = int(os.environ.get('WORLD_SIZE', 1)) # one for each of torchrun's processes
 batch_size = 24
 block_size = 64 # 24 * 64 = 1536 tokens per iteration; the sizes of the network are those of the weights
 

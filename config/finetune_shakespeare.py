@@ -20,10 +20,13 @@ init_from = 'gpt2-xl'
 # 1 sequence * 1024 tokens * 4 micro-steps = 4096 tokens per iteration;
 # 301,966 tokens are 74 iterations, so 160 iterations are a little over 2 epochs
 batch_size = 1
-gradient_accumulation_steps = max(4, int(os.environ.get('WORLD_SIZE', 1))) # shared by torchrun's processes
+_processes = int(os.environ.get('WORLD_SIZE', 1))
+gradient_accumulation_steps = _processes * max(1, 4 // _processes) # shared by torchrun's processes
 max_iters = 160
 
 learning_rate = 1e-4 # half of what a network of this size is pretrained with (Brown et al. 2020, table 2.1)
+lr_schedule = 'trapezoid'
+decay_share = 1.0 # straight down
 warmup_iters = 10
 lr_decay_iters = 160 # = max_iters
 min_lr = 0.0

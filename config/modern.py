@@ -1,7 +1,7 @@
-# An overlay, the last one: what has proved itself since GPT-2, for any recipe that trains from scratch.
+# An overlay, after the recipe and its size: what has proved itself since GPT-2, for any recipe that trains from scratch.
 #   launch     python train.py config/train_shakespeare_char.py config/modern.py
 #   network    that of transformers' NanoChatForCausalLM
-#   rates      muon.py's defaults; for runs of some hundred iterations twice as high (README.md, figure D)
+#   rates      muon.py's defaults; for runs of some hundred iterations twice as high (README.md, figure E)
 
 pos = 'rotary'
 norm = 'rmsnorm'

@@ -31,7 +31,7 @@ def unbroken(items, source):
     try:
         yield from items
     except Exception as e: # of many kinds
-        raise OSError(f'{source} broke off ({" ".join(str(e).split()) or type(e).__name__}); the same command goes on from there') from e
+        raise OSError(f'{source} broke off ({" ".join(str(e).split()) or type(e).__name__}); repeat the command') from e
 
 
 def prepare(hub_name, data_files, column, streaming, output_dir, val_every, **where):

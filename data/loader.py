@@ -153,11 +153,11 @@ class Loader:
             return (X.pin_memory(), Y.pin_memory()) if pin else (X, Y)
 
         with ThreadPoolExecutor(1) as thread:
-            ahead = thread.submit(load, list(islice(numbers, at_a_time)))
+            submit = lambda numbers: thread.submit(load, numbers) if numbers else None
+            ahead = submit(list(islice(numbers, at_a_time)))
             while ahead:
                 batches = zip(*ahead.result())
-                following = list(islice(numbers, at_a_time))
-                ahead = thread.submit(load, following) if following else None
+                ahead = submit(list(islice(numbers, at_a_time)))
                 for X, Y in batches:
                     yield X.to(device, non_blocking=pin), Y.to(device, non_blocking=pin)
 

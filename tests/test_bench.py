@@ -19,7 +19,7 @@ def test_random_data_needs_no_dataset_and_a_profile_is_written(project):
 
 def test_the_optimizers_are_timed_beside_torchs(project):
     out = project.run('bench.py', *SMALL, '--mode=optimizer').stdout
-    for row in ('AdamW, fused', "AdamW, torch's default", 'Muon, matrices of the blocks', 'torch.optim.Muon, the same', 'of copying', 'of a matmul'):
+    for row in ('AdamW, fused', "AdamW, torch's default", 'Muon, matrices of the blocks', 'torch.optim.Muon, as many steps', 'of copying', 'of a matmul'):
         assert row in out
 
 
@@ -52,7 +52,8 @@ def test_a_step_is_timed_in_turn_with_that_of_another(project, rival):
 
 
 def test_a_rival_that_is_not_there_is_one_line(project):
-    assert 'neither' in project.error('bench.py', *SMALL, '--real_data=False', '--compare=nowhere.py')
+    for path, message in (('nowhere.py', 'neither'), ('README.md', 'neither'), ('muon.py', 'has no GPT and GPTConfig')):
+        assert message in project.error('bench.py', *SMALL, '--real_data=False', f'--compare={path}')
     assert "compared with 'transformers'" in project.error('bench.py', *SMALL, '--mode=generate', '--new_tokens=3', '--prompt_tokens=4', '--compare=model.py')
 
 
@@ -75,4 +76,5 @@ def test_a_projection_is_its_own_arithmetic(project):
     assert hours == pytest.approx(flops * 2.4e9 / (8 * 0.4 * 989e12) / 3600)
     many = project.run('bench.py', '--mode=project', '--gpus=[8, 1024]').stdout
     assert ' 1,024 ' in many
+    assert 'gpus=[0] must be' in project.error('bench.py', '--mode=project', '--gpus=[0]')
     assert 'mfu=0.0 must be more than 0' in project.error('bench.py', '--mode=project', '--mfu=0')

@@ -219,7 +219,7 @@ def test_sizes_that_make_no_model_are_refused(changes, message):
         GPTConfig(**changes)
 
 
-@pytest.mark.parametrize('module, needs', [(model_module, {'math', 'dataclasses', 'functools', 'torch', 'ops'}), (ops, {'os', 'platform', 'torch'})])
+@pytest.mark.parametrize('module, needs', [(model_module, {'math', 'dataclasses', 'functools', 'torch', 'ops'}), (ops, {'os', 'torch'})])
 def test_model_py_touches_nothing_of_ours_but_ops(module, needs):
     with open(module.__file__, encoding='utf-8') as f:
         imports = {line.split()[1].split('.')[0] for line in f if line.startswith(('import ', 'from '))}
@@ -258,7 +258,6 @@ def test_the_loss_in_pieces_is_the_same_and_never_holds_all_logits(cap):
         loss.backward()
         gradients.append([loss, *(p.grad for p in model.parameters())])
         largest.append(max(sizes))
-        assert model.eval()(idx, targets)[0].shape == (4, 32, 500)
     for a, b in zip(*gradients):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
     assert largest[0] >= 4 * 32 * 500 and largest[1] <= 4 * 32 * 64 # the widest of the rest

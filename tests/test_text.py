@@ -191,7 +191,7 @@ def test_a_stream_that_breaks_off_is_one_line():
 
     read = unbroken(documents(), 'owner/name')
     assert next(read) == 'one'
-    with pytest.raises(OSError, match=r'owner/name broke off \(peer is gone\); the same command goes on'):
+    with pytest.raises(OSError, match=r'owner/name broke off \(peer is gone\); repeat the command'):
         next(read)
 
 

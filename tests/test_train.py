@@ -393,7 +393,16 @@ def test_several_runs_are_drawn_into_one_picture(project, trained, tmp_path):
 def test_a_compiled_run_compiles_once_to_train_and_once_to_evaluate(project):
     """Neither warmup and schedule nor a growing batch, a skipped log or an evaluation bring new shapes or constants."""
     run = project.run('train.py', *TINY, '--compile=True', '--n_layer=1', '--out_dir=out-compiled', '--eval_interval=4', '--max_iters=9', '--warmup_iters=3',
-                      '--gradient_accumulation_steps=2', '--batch_size_warmup_iters=3', '--dropout=0.1', '--log_interval=2', launcher=[sys.executable],
+                      '--gradient_accumulation_steps=2', '--batch_size_warmup_iters=3', '--dropout=0.1', '--log_interval=2', '--loss_chunk=24', launcher=[sys.executable],
                       env={'TORCH_LOGS': 'recompiles'})
     reasons = [line for line in run.stderr.splitlines() if 'Recompiling function' in line]
     assert len(reasons) == 1, run.stderr # for model.eval()
+
+
+def test_a_flags_word_for_a_size_takes_the_place_of_the_recipes(project):
+    (project.path / 'recipe.py').write_text('n_head = 2\nn_embd = 16\n')
+    flags = [flag for flag in TINY if 'n_embd' not in flag and 'n_head' not in flag]
+    project.run('train.py', 'recipe.py', *flags, '--d_model=24', '--d_head=8', '--max_iters=1', '--out_dir=out-sizes')
+    args = ckpt.load(str(project.path / 'out-sizes'))['model_args']
+    assert (args['n_head'], args['n_embd']) == (3, 24)
+    assert 'n_embd=16 and d_model=24 are two words' in project.error('train.py', *flags, '--n_head=2', '--n_embd=16', '--d_model=24')
