@@ -371,7 +371,7 @@ def bench_optimizer():
     params, matrices = list(model.parameters()), [p for name, p in model.named_parameters() if '.h.' in name and p.dim() == 2]
     rows = {'AdamW, fused': (params, make_optimizer(model, 'adamw')), "AdamW, torch's default": (params, torch.optim.AdamW(params)),
             'Muon, matrices of the blocks': (matrices, muon.Muon([dict(params=matrices, muon=True, momentum=0.95, steps=0)], fused=False)),
-            'torch.optim.Muon, as many steps': (matrices, torch.optim.Muon(matrices, ns_steps=4))}
+            'torch.optim.Muon': (matrices, torch.optim.Muon(matrices)), 'torch.optim.Muon, four steps as ours': (matrices, torch.optim.Muon(matrices, ns_steps=4))}
     grads = {p: torch.randn_like(p) for p in params}
     taken = {name: [] for name in rows}
     for i in range(warmup_steps + steps):

@@ -19,7 +19,7 @@ def test_random_data_needs_no_dataset_and_a_profile_is_written(project):
 
 def test_the_optimizers_are_timed_beside_torchs(project):
     out = project.run('bench.py', *SMALL, '--mode=optimizer').stdout
-    for row in ('AdamW, fused', "AdamW, torch's default", 'Muon, matrices of the blocks', 'torch.optim.Muon, as many steps', 'of copying', 'of a matmul'):
+    for row in ('AdamW, fused', "AdamW, torch's default", 'Muon, matrices of the blocks', 'torch.optim.Muon, four steps as ours', 'of copying', 'of a matmul'):
         assert row in out
 
 
