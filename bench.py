@@ -87,6 +87,9 @@ at_least(config, 0, 'warmup_steps', 'gpu_hour', 'loss_chunk', 'seed')
 at_most(config, 2**63 - 1, 'seed')
 above(config, 0, 'tokens', 'tokens_per_iter', 'mfu', 'peak_tflops', 'nvlink', 'network')
 one_of(config, optimizer=('adamw', 'muon'), mode=('train', 'generate', 'data', 'optimizer', 'growth', 'project'))
+for path in filter(None, (json, png)): # before minutes are spent
+    if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or '.'):
+        raise ValueError(f'{path!r} must be a file in a folder that is there')
 if not all(type(n) is int and n > 0 for n in gpus):
     raise ValueError(f'gpus={gpus} must be numbers of at least 1')
 device, dtype, compile = resolve(device, dtype, compile)

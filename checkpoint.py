@@ -139,7 +139,7 @@ def load(path):
 def tokenizer_meta(checkpoint, source, vocab_size):
     """The meta of a checkpoint's tokenizer; nanoGPT leaves it with the dataset. ValueError where it has more ids than the model's vocab_size."""
     meta = checkpoint.get('meta') or dataset_meta(os.path.join('data', str(checkpoint.get('config', {}).get('dataset'))))
-    if check_meta(meta, source)['vocab_size'] > vocab_size:
+    if meta['vocab_size'] > vocab_size:
         raise ValueError(f'{source} has {vocab_size} token ids and comes without its tokenizer; prepare its dataset first')
     return meta
 

@@ -45,7 +45,7 @@ import checkpoint as ckpt
 import parallel
 from data.lines import LONGEST, read_lines, read_questions
 from data.loader import Loader
-from data.tokenizer import byte_counts, check_meta, dataset_meta, from_meta, same_tokenizer, write_whole
+from data.tokenizer import byte_counts, dataset_meta, from_meta, same_tokenizer, write_whole
 from device import DTYPES, autocast, resolve, tune
 from generate import stream
 from ops import pack
@@ -98,7 +98,7 @@ dataset = dataset or trained.get('dataset', '')
 if not dataset:
     raise ValueError(f'{source} was not trained on a dataset of ours; name one: --dataset=...')
 data_dir = os.path.join('data', dataset)
-meta = check_meta(loaded.get('meta') or dataset_meta(data_dir), source)
+meta = loaded.get('meta') or dataset_meta(data_dir)
 if os.path.exists(os.path.join(data_dir, 'meta.pkl')) and not same_tokenizer(dataset_meta(data_dir), meta):
     raise ValueError(f'{source}: the weights were trained with another vocabulary than that of {data_dir}')
 tokenizer = from_meta(meta)

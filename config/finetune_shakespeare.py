@@ -2,7 +2,7 @@
 #   hardware   one GPU of 40 GB; with --init_from=gpt2 --learning_rate=3e-4 any GPU, or a patient CPU
 #   launch     python train.py config/finetune_shakespeare.py
 #   before     python data/shakespeare/prepare.py
-# Tuned on a small network (README.md, figure H): many small steps at a rate near that of pretraining, falling to zero.
+# Tuned on a small network (README.md, figure H): many small steps at a high rate that falls to zero.
 
 import os
 

@@ -57,6 +57,11 @@ def test_a_rival_that_is_not_there_is_one_line(project):
     assert "compared with 'transformers'" in project.error('bench.py', *SMALL, '--mode=generate', '--new_tokens=3', '--prompt_tokens=4', '--compare=model.py')
 
 
+def test_figures_that_could_not_be_written_are_refused_before_they_are_measured(project):
+    for flag in ('--json=nowhere/figures.json', '--json=data', '--png=nowhere/growth.png'):
+        assert 'must be a file in a folder that is there' in project.error('bench.py', *SMALL, flag)
+
+
 def test_batches_are_timed_beside_the_simplest_loader(project):
     for flags in (['--real_data=False'], ['--dataset=tiny']):
         out = project.run('bench.py', *SMALL, *flags, '--mode=data').stdout
