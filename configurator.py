@@ -62,6 +62,8 @@ def configure(ns, model=None, also=(), own=()):
     sys.excepthook) in the rest of the script.
     """
     sys.excepthook = one_line_errors
+    if hasattr(sys.stdout, 'reconfigure'):
+        sys.stdout.reconfigure(errors='replace') # what a Windows console, or a file in its encoding, cannot show
     knobs = read_knobs(ns['__file__'], ns)
     for name, knob in read_knobs(os.path.join(os.path.dirname(__file__), model)).items() if model else ():
         if name not in knobs:
@@ -251,6 +253,9 @@ def one_line_errors(kind, error, trace):
         fail(f'{error.filename}: {error.strerror}')
     if issubclass(kind, MemoryError) or kind.__name__ == 'OutOfMemoryError' or "can't allocate memory" in str(error): # torch's own, GPU and CPU
         fail('out of memory; a smaller --batch_size or --block_size takes less', 1)
+    if issubclass(kind, BrokenPipeError): # nobody reads on, as after | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise SystemExit(1)
     if issubclass(kind, KeyboardInterrupt):
         print('\ninterrupted', file=sys.stderr, flush=True)
         raise SystemExit(130)

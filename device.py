@@ -3,6 +3,7 @@
 import ctypes
 import importlib.util
 import os
+import re
 import shutil
 import sys
 from contextlib import nullcontext
@@ -64,7 +65,12 @@ def resolve(device, dtype, compile, quantize=''):
     if quantize and kind != 'cpu':
         raise ValueError(f'quantize={quantize!r} is for CPUs; add --device=cpu')
     dtype = 'bfloat16' if quantize else dtype
+    triton = importlib.util.find_spec('triton') is not None
     capability = torch.cuda.get_device_capability(device) if kind == 'cuda' else (0, 0)
+    oldest = min([int(arch[3:].rstrip('af')) for arch in torch.cuda.get_arch_list() if arch.startswith('sm_')], default=0) if kind == 'cuda' else 0
+    if capability[0] * 10 + capability[1] < oldest:
+        raise ValueError(f'{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}, and this torch has code from '
+                         f'{oldest // 10}.{oldest % 10} up; use --device=cpu, or a build of torch for older GPUs (pytorch.org)')
     if dtype in ('auto', 'fast'):
         has_it = fast_bfloat16(device) and (kind == 'cuda' or dtype == 'fast')
         dtype = 'bfloat16' if has_it else 'float16' if kind == 'cuda' else 'float32'
@@ -73,11 +79,13 @@ def resolve(device, dtype, compile, quantize=''):
     if dtype == 'float16' and kind != 'cuda':
         raise ValueError(f"dtype='float16' needs a CUDA device (its gradients are scaled); on {kind} use float32 or bfloat16")
     if compile == 'auto':
-        compile = capability >= (7, 0) and importlib.util.find_spec('triton') is not None
+        compile = capability >= (7, 0) and triton
     if not isinstance(compile, bool):
         raise ValueError(f"compile={compile!r} is none of 'auto', True, False")
     if compile and kind == 'cpu' and not any(map(shutil.which, ('c++', 'g++', 'clang++', 'cl'))):
         raise ValueError('compile=True on CPU needs a C++ compiler (g++, clang++ or MSVC); use --compile=False')
+    if compile and kind == 'cuda' and not (capability >= (7, 0) and triton):
+        raise ValueError('compile=True on a GPU needs the package triton and compute capability 7.0; use --compile=False')
     return device, dtype, compile
 
 
@@ -128,7 +136,7 @@ def peak_flops(device, dtype):
     if 'cuda' not in device or dtype == 'float32':
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for start, peak in PEAK_FLOPS.items() if (name + ' ').startswith(start + ' ') and not {'Laptop', 'Ti', 'D'} & set(name.split())), None)
+    return next((peak for start, peak in PEAK_FLOPS.items() if re.match(rf'{start}\b', name) and not {'Laptop', 'Ti', 'D', 'MIG'} & set(name.split())), None)
 
 
 def memory_gb(device):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.tokenizer import char_meta, dataset_meta, from_meta, write_whole
+from data.tokenizer import char_meta, dataset_meta, from_meta, short, write_whole
 
 ASCII = char_meta('\n' + ''.join(map(chr, range(32, 127)))) # one vocabulary for all tasks, so that a model can go from one to the next
 LONGEST = 64 # characters of a line
@@ -104,7 +104,7 @@ def write_lines(folder, make, num_examples, seed, mark='=', val_share=0.05):
     paths = {split: os.path.join(folder, f'{split}.txt.partial') for split in ('train', 'val')}
     counts, written = {'train': 0, 'val': 0}, 0
     try:
-        with open(paths['train'], 'wb') as train, open(paths['val'], 'wb') as val, tqdm(total=num_examples, unit='line', desc='writing') as bar:
+        with open(paths['train'], 'wb') as train, open(paths['val'], 'wb') as val, tqdm(total=num_examples, unit='line', unit_scale=True, desc='writing', disable=None) as bar:
             while written < num_examples:
                 questions, answers = make(rng, 50_000)
                 column = lambda char: np.full((len(questions), 1), ord(char), dtype=np.uint8)
@@ -122,7 +122,7 @@ def write_lines(folder, make, num_examples, seed, mark='=', val_share=0.05):
         texts = {split: np.fromfile(path, dtype=np.uint8) for split, path in paths.items()}
         for split, text in texts.items():
             write_whole(os.path.join(folder, f'{split}.bin'), ids[text].tofile)
-            print(f'{os.path.relpath(folder)}/{split}.bin: {counts[split]:,} lines, {len(text):,} tokens')
+            print(f'{short(folder)}/{split}.bin: {counts[split]:,} lines, {len(text):,} tokens')
         write_whole(os.path.join(folder, 'input.txt'), lambda f: [text.tofile(f) for text in texts.values()])
     finally:
         for path in paths.values():

