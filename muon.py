@@ -70,24 +70,24 @@ class Muon(torch.optim.AdamW):
 
     def muon_step(self, params, lr, momentum, weight_decay, bad):
         """One step for matrices of the same shape (rows, cols), all at once."""
-        whole = [p.grad.full_tensor() if hasattr(p.grad, 'full_tensor') else p.grad for p in params]
-        grad = torch.stack(whole).float() # (N, rows, cols)
-        buffers = [self.state[p].setdefault('momentum_buffer', torch.zeros_like(g, dtype=torch.float32)) for p, g in zip(params, whole)]
-        buffer = torch.stack(buffers)
+        whole = lambda x: x.full_tensor() if hasattr(x, 'full_tensor') else x
+        share = lambda x, p: dist.tensor.distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None) if hasattr(p, 'full_tensor') else x # this rank's
+        grad = torch.stack([whole(p.grad) for p in params]).float() # (N, rows, cols)
+        buffers = [self.state[p].setdefault('momentum_buffer', torch.zeros_like(p.grad, dtype=torch.float32)) for p in params]
+        buffer = torch.stack([whole(kept) for kept in buffers])
         if bad is not None:
             grad = torch.where(bad > 0, buffer, grad)
             lr = lr * (1 - bad)
         buffer.lerp_(grad, 1 - momentum)
-        torch._foreach_copy_(buffers, list(buffer))
+        for kept, new, p in zip(buffers, buffer, params):
+            kept.copy_(share(new, p))
         rows, cols = params[0].shape
         grad = grad.lerp_(buffer, momentum) # Nesterov
-        if rows == 3 * cols: # c_attn: queries, keys and values each by themselves
+        if rows == 3 * cols: # c_attn (without n_kv_head): queries, keys and values each by themselves
             grad = grad.view(-1, cols, cols)
         update = (shared(grad) * max(1, grad.size(1) / cols) ** 0.5).reshape(-1, rows, cols)
         for p, u in zip(params, update):
-            if hasattr(p, 'full_tensor'): # this rank's share
-                u = dist.tensor.distribute_tensor(u, p.device_mesh, p.placements, src_data_rank=None)
-            p.mul_(1 - lr * weight_decay).sub_(u.to(p.dtype) * lr)
+            p.mul_(1 - lr * weight_decay).sub_(share(u, p).to(p.dtype) * lr)
             p.grad = None
 
 

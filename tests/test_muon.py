@@ -110,3 +110,9 @@ def test_muon_shared_between_processes_equals_one(project, fsdp):
         project.run('in_float32.py', 'train.py', *flags, '--out_dir=out-muon-one')
     project.run('in_float32.py', 'train.py', *flags, f'--out_dir=out-muon-{fsdp}', f'--fsdp={fsdp}', launcher=BOTH)
     assert_close(project.path / 'out-muon-one', project.path / f'out-muon-{fsdp}')
+    if fsdp: # momentum is shared too, and goes to one process and back
+        resumed = [*flags, '--out_dir=out-muon-resumed']
+        project.run('in_float32.py', 'train.py', *resumed, '--max_iters=3', '--fsdp=True', launcher=BOTH)
+        project.run('in_float32.py', 'train.py', *resumed, '--max_iters=6', '--init_from=resume')
+        project.run('in_float32.py', 'train.py', *resumed, '--fsdp=True', '--init_from=resume', launcher=BOTH)
+        assert_close(project.path / 'out-muon-one', project.path / 'out-muon-resumed')
