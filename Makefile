@@ -11,7 +11,7 @@ NGPUS ?=
 OVERLAY ?= $(if $(findstring finetune,$(CONFIG))$(findstring eval,$(CONFIG)),,config/cpu.py)
 
 PY = $(VENV)/bin/python
-GPUS = $$($(PY) -c 'import torch; print(torch.cuda.device_count() or int(torch.backends.mps.is_available()))')
+GPUS = $$($(PY) -c 'import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else int(torch.backends.mps.is_available()))')
 # config/train_NAME.py, or config/train_NAME_char.py where only that exists; - stands for _
 RECIPE = $(firstword $(wildcard config/train_$(subst -,_,$*).py config/train_$(subst -,_,$*)_char.py) config/train_$(subst -,_,$*).py)
 LINES = calculator reverser wordcalc
@@ -37,7 +37,7 @@ help:
 # done again only when pyproject.toml has changed since
 install:
 	@cmp -s pyproject.toml $(VENV)/pyproject.installed || { \
-	  set -e; test -x $(PY) || $(PYTHON) -m venv $(VENV); \
+	  set -e; $(PY) -c 'import pip, sys; sys.exit(sys.version_info < (3, 10))' 2> /dev/null || $(PYTHON) -m venv --clear $(VENV); \
 	  echo 'installing into $(VENV) ...'; $(PY) -m pip install --disable-pip-version-check -e '.[test]'; \
 	  cp pyproject.toml $(VENV)/pyproject.installed; }
 
@@ -62,6 +62,7 @@ train: install
 	set -x; $$launch train.py $(CONFIG) $$overlay $(if $(DATASET),--dataset=$(DATASET) --out_dir=out-$(DATASET)) $(ARGS)
 
 train-%:
+	@test -f '$(RECIPE)' || { echo 'error: no recipe $(RECIPE); make lists them' >&2; exit 2; }
 	@$(MAKE) --no-print-directory train CONFIG=$(RECIPE)
 
 $(addprefix train-,$(LINES)): train-%:

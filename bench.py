@@ -119,12 +119,14 @@ def seconds(run, *args):
 
 def in_turn(runs, rounds):
     """Seconds that each of `runs` (a dict of functions) took, sorted, `rounds` times one after the other; one round before warms up."""
+    if sys.stdout.isatty(): # the next line stands in its place
+        print('  measuring ...', end='\r', flush=True)
     taken = [[seconds(run) for run in runs.values()] for _ in range(1 + rounds)]
     return {name: sorted(each) for name, each in zip(runs, zip(*taken[1:]))}
 
 def report(name, value, unit, note='', digits=2):
     """One line, and a figure of the json file."""
-    print(f'  {name:<36} {value:14,.{digits}f} {unit:<10} {"(" + note + ")" if note else ""}'.rstrip())
+    print(f'  {name:<34} {value:11,.{digits}f} {unit:<9} {"(" + note + ")" if note else ""}'.rstrip())
     figures[name] = {'value': value, 'unit': unit, 'note': note}
 
 def spread(taken, scale=1000.0, digits=2):
@@ -273,9 +275,9 @@ def bench_train():
     report('step', dt * 1000, 'ms', spread(taken['flatgpt']))
     report('speed', batch_size * block_size / dt, 'tokens/s', digits=0)
     ceiling = matmul_ceiling()
-    report('share of a matmul', model.estimate_mfu(batch_size, dt, ceiling) * 100, '%', f'of large matrices, on this machine now: {ceiling / 1e12:.3f} TFLOP/s', 1)
+    report('share of a matmul', model.flops_per_token() * batch_size * block_size / dt / ceiling * 100, '%', f'of large matrices, on this machine now: {ceiling / 1e12:.3f} TFLOP/s', 1)
     if peak_flops(device, dtype):
-        report('MFU', model.estimate_mfu(batch_size, dt, peak_flops(device, dtype)) * 100, '%', f'data sheet: {peak_flops(device, dtype) / 1e12:.0f} TFLOP/s', 1)
+        report('MFU', model.flops_per_token() * batch_size * block_size / dt / peak_flops(device, dtype) * 100, '%', f'data sheet: {peak_flops(device, dtype) / 1e12:.0f} TFLOP/s', 1)
     if memory:
         report('memory', memory, 'GB', 'now' if kind == 'mps' else 'at most')
     if compile:
@@ -461,7 +463,7 @@ def project():
         print(f'  {n:>6,} {tokens_per_iter / n:>13,.0f} {compute * 1000:>7,.1f} ms {exchange * 1000:>7,.1f} ms {exchange / compute:>11.1%} '
               f'{iteration * 1000:>7,.1f} ms {hours * 60:>7,.1f} min {hours * n * gpu_hour:>9,.0f}')
         figures[f'{n} GPUs'] = {'value': hours, 'unit': 'hours', 'note': f'{exchange / compute:.1%} of the compute is exchanged'}
-    print('\nof one micro-step each; what does not hide behind backward, two thirds of the compute, adds to the iteration; latencies are left out')
+    print('\nof one micro-batch each; what does not hide behind backward, two thirds of the compute, adds to the iteration; latencies are left out')
 
 {'train': bench_train, 'generate': bench_generate, 'data': bench_data, 'optimizer': bench_optimizer, 'growth': bench_growth, 'project': project}[mode]()
 if json:

@@ -44,11 +44,12 @@ def save(path, checkpoint, optimizer_state=None, keep=1):
             os.remove(os.path.join(folder, 'best.pt')) # an earlier run's, or no longer the best
         for old in glob.glob(os.path.join(glob.escape(folder), '*.pt.old')):
             os.remove(old)
-        history = sorted(glob.glob(os.path.join(glob.escape(folder), 'ckpt-*.pt')), key=os.path.getmtime)
-        kept = {stem} | {os.path.basename(old)[len('ckpt-'):-len('.pt')] for old in history[1 - keep:] if keep > 1}
-        for old in history + glob.glob(os.path.join(glob.escape(folder), 'optimizer-*')):
-            if os.path.basename(old).removesuffix('.pt').partition('-')[2] not in kept:
-                os.remove(old)
+        numbered = [re.fullmatch(r'(ckpt|optimizer)-(\d+(-\d+)?)\.pt(\.partial)?', name) for name in os.listdir(folder)] # a copy by another name is the user's
+        history = sorted([found for found in numbered if found and found[1] == 'ckpt'], key=lambda found: os.path.getmtime(os.path.join(folder, found[0])))
+        kept = {stem} | {found[2] for found in history[1 - keep:] if keep > 1}
+        for found in numbered:
+            if found and found[2] not in kept:
+                os.remove(os.path.join(folder, found[0]))
         if keep > 1: # a copy, not a link: who copies an older one over ckpt.pt must not write into this one
             with open(path, 'rb') as f:
                 write_whole(os.path.join(folder, f'ckpt-{stem}.pt'), lambda copy: shutil.copyfileobj(f, copy))
@@ -67,10 +68,11 @@ def try_save(*args):
 
 def set_aside(folder):
     """Rename what an earlier run left in `folder`, so that nobody resumes it for this one; the first save removes it."""
-    for name in ('ckpt.pt', 'best.pt'):
-        path = os.path.join(folder, name)
-        if os.path.exists(path):
-            os.replace(path, path + '.old')
+    found = [path for path in (os.path.join(folder, name) for name in ('ckpt.pt', 'best.pt')) if os.path.exists(path)]
+    for path in found:
+        os.replace(path, path + '.old')
+    if found:
+        say(f'{folder} holds an earlier run: its log is replaced now, its checkpoint (now {os.path.basename(found[0])}.old) at the first save; --init_from=resume goes on with a run')
 
 
 def write(path, content):
@@ -93,7 +95,7 @@ def read(path):
                 raise zipfile.BadZipFile(f'checksum of {damaged}')
         return torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError as e:
-        raise FileNotFoundError(f'{path} not found') from e
+        raise FileNotFoundError(f'{path} not found; train first, or name what is there: --out_dir=... or --init_from=...') from e
     except Exception as e: # a damaged file raises RuntimeError, UnpicklingError, EOFError, KeyError, OSError of a bad offset, ...
         if isinstance(e, MemoryError) or 'allocate memory' in str(e):
             raise OSError(f'cannot read {path}: not enough memory') from e
@@ -154,7 +156,7 @@ def open_model(source, lora_rank=0, **dropouts):
     """
     (model, checkpoint) from a path to a checkpoint, or from weights in the format of transformers: a folder, or a
     name of the hub. For the latter the checkpoint holds no more than the tokenizer's meta, if it is known.
-    `dropouts`: today's dropout and attn_dropout, none unless given; lora_rank: see with_lora().
+    `dropouts`: today's dropout and attn_dropout, none unless given; lora_rank: see with_lora(), None: as it is.
     """
     if os.path.exists(os.path.join(source, 'config.json')) or is_hub_name(source):
         from convert import from_pretrained # with transformers, which takes seconds to load
@@ -166,7 +168,7 @@ def open_model(source, lora_rank=0, **dropouts):
 
 def with_lora(model, rank):
     """`model` with new corrections of this rank to its blocks' matrices (0: none), unless it has such; others it has are merged into them."""
-    if model.config.lora_rank == rank:
+    if rank is None or model.config.lora_rank == rank:
         return model
     weights = model.state_dict()
     for name, module in model.named_modules():
@@ -243,6 +245,35 @@ def fit_sizes(model, asked, source):
     if block_size > theirs.block_size and theirs.pos == 'learned':
         raise ValueError(f'{source}: the weights have block_size={theirs.block_size}, you ask for {block_size}; lower --block_size')
     model.crop_block_size(block_size)
+
+
+def where_it_stood(folder, checkpoint):
+    """
+    (iter_num, best_val_loss, best_iter, best_file, run_id) of the run in `folder` that goes on from its loaded checkpoint. ValueError where another
+    machine has found another one.
+    """
+    iter_num = checkpoint['iter_num']
+    if agree(iter_num) != iter_num:
+        raise ValueError(f'{checkpoint["path"]} is at iteration {iter_num} here and another at rank 0; out_dir must be one folder that all machines see')
+    best_file = agree(os.environ.get('RANK', '0') == '0' and own_best(folder, checkpoint)) # rank 0's
+    return iter_num, float(checkpoint.get('best_val_loss', 'inf')), checkpoint.get('best_iter', iter_num), best_file, checkpoint.get('run_id')
+
+
+def own_best(folder, checkpoint):
+    """
+    The name of the file with the best weights of a run that goes on from `checkpoint`, or None. A best.pt of a later time,
+    which was gone back from, is set aside.
+    """
+    path = os.path.join(folder, 'best.pt')
+    if not checkpoint.get('best_file') or not os.path.exists(path):
+        return None
+    try:
+        iter_num = torch.load(path, map_location='cpu', weights_only=True, mmap=True)['iter_num'] # the weights are not read
+    except Exception: # damaged, of many kinds
+        iter_num = None
+    if iter_num == checkpoint.get('best_iter'):
+        return 'best.pt'
+    os.replace(path, path + '.old')
 
 
 def where_from(init_from, own, config):

@@ -9,6 +9,7 @@ format of transformers (a folder, or a name of the Hugging Face hub).
 """
 
 import os
+import sys
 import tempfile
 
 import torch
@@ -61,6 +62,8 @@ def from_pretrained(name, override_args=None):
     from transformers import AutoConfig, GPT2LMHeadModel, NanoChatForCausalLM
     quiet()
     kinds = {'gpt2': (GPT2LMHeadModel, gpt2_config), 'nanochat': (NanoChatForCausalLM, nanochat_config)}
+    if not os.path.isdir(name) and sys.stderr.isatty():
+        print(f'asking the Hugging Face hub for {name} ...', file=sys.stderr, flush=True) # minutes, or seconds where it is cached
     try:
         hf = AutoConfig.from_pretrained(name)
         if hf.model_type not in kinds:
@@ -87,9 +90,11 @@ def quiet():
     """Keep what the libraries of the hub print of their own accord from between our lines."""
     import logging
 
+    from huggingface_hub.utils import enable_progress_bars
     from transformers.utils.logging import disable_progress_bar
     logging.getLogger('huggingface_hub').setLevel(logging.ERROR)
     disable_progress_bar()
+    enable_progress_bars() # of downloads, which that took away too
 
 
 def gpt2_config(hf):

@@ -87,9 +87,9 @@ if tasks:
             limit=limit, log_samples=False, task_manager=lm_eval.tasks.TaskManager(include_path=include_path or None))
     except Exception as e: # tasks that are unknown, and data that cannot be reached, have many kinds
         raise ValueError(f'tasks={tasks}: {(str(e).strip() or type(e).__name__).splitlines()[0]}') from e
-    say(lm_eval.utils.make_table(results))
     if output:
         write_whole(output, lambda f: f.write(json.dumps({name: results[name] for name in ('results', 'n-shot', 'n-samples', 'versions')}, indent=1, default=str).encode()))
+    say(lm_eval.utils.make_table(results))
     raise SystemExit
 
 # -----------------------------------------------------------------------------
@@ -123,7 +123,7 @@ for split in ('train', 'val'):
     loss, count = parallel.mean_losses(model, ctx, device, batches())[0].tolist()
     if not count:
         raise ValueError(f'{data.path}: none of the targets in {eval_iters} batches count')
-    say(f'{split:<5} loss {loss:.4f}, perplexity {math.exp(loss):.3f}, {loss / math.log(2) * count / parallel.total(num_bytes).item():.4f} '
+    say(f'{split:<5} loss {loss:.4f}, perplexity {math.exp(loss) if loss < 700 else math.inf:.3f}, {loss / math.log(2) * count / parallel.total(num_bytes).item():.4f} '
         f'bits per byte, over {count:,.0f} tokens{" of answers" if data.masked else ""}')
 
 # -----------------------------------------------------------------------------
@@ -162,8 +162,9 @@ if mark and num_lines and lines.per_line and lines.newline.any():
     order = sorted(range(len(questions)), key=lambda i: sum(map(len, questions[i]))) # lines of one length together
     right = torch.zeros(len(questions), dtype=torch.int64, device=device)
     with torch.no_grad():
-        for b in range(rank * 256, len(order), world_size * 256):
-            right[order[b:b + 256]] = answered_right([questions[i] for i in order[b:b + 256]]).long()
+        n = max(1, min(256, 2**27 // (model.config.vocab_size * max((len(q) + len(a) for q, a in questions), default=1)))) # as many logits as memory has room for
+        for b in range(rank * n, len(order), world_size * n):
+            right[order[b:b + n]] = answered_right([questions[i] for i in order[b:b + n]]).long()
     right = parallel.total(right).tolist()
 
     texts = [tokenizer.decode(q).removesuffix(mark) for q, _ in questions]
@@ -171,18 +172,20 @@ if mark and num_lines and lines.per_line and lines.newline.any():
     for text, is_right in zip(texts, right):
         for column, kind in [('all', ''), *kinds(text)]:
             table.setdefault(column, {}).setdefault(kind, []).append(is_right)
-    say(f'\n{"exact match" + left_out:<64} {"lines":>8} {"right":>8}')
+    say(f'\n{"exact match" + left_out:<56} {"lines":>8} {"right":>8}')
     for column in table:
         for kind, rights in sorted(table[column].items()):
-            say(f'{f"{column}: {kind}".removesuffix(": "):<64} {len(rights):>8,} {sum(rights) / len(rights):>8.2%}')
+            say(f'{f"{column}: {kind}".removesuffix(": "):<56} {len(rights):>8,} {sum(rights) / len(rights):>8.2%}')
 
     wrong = [i for i, is_right in enumerate(right) if not is_right][:show_wrong]
     if wrong and rank == 0:
-        say(f'\n{"first wrong answers":<48} {"given":<24} right')
+        rows = [('first wrong answers', 'given', 'right')]
         for i in wrong:
             q, a = questions[i]
             with ctx:
                 new = [int(token) for token in stream(model, [q], LONGEST, temperature=0, vocab_size=tokenizer.vocab_size,
                                                       stop=lambda _, new: lines.newline[new[-1]])]
-            say(f'{texts[i] + mark:<48} {tokenizer.decode(new).rstrip():<24} {tokenizer.decode(a).rstrip()}')
+            rows.append((texts[i] + mark, tokenizer.decode(new).rstrip(), tokenizer.decode(a).rstrip()))
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        say('\n' + '\n'.join('  '.join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in rows))
 parallel.leave()

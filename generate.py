@@ -1,10 +1,62 @@
 """
-Generation: the loop around model.py's forward and its KVCache, and how a token is picked from the logits.
+Generation: keys and values that are kept, the loop around model.py's forward, and how a token is picked from the logits.
 """
 
 import torch
 
-from model import KVCache
+from ops import alibi_slopes
+
+
+class KVCache:
+    """
+    The keys and values of B sequences' last `size` tokens, so that each is computed once. Memory is taken once; a token
+    beyond it overwrites the oldest. Sequences of unequal length stand flush right: the first pad[b] columns of sequence b are empty.
+    """
+
+    def __init__(self, config, size, pad):
+        self.config, self.size, self.pad, self.ragged = config, size, pad, bool(pad.any())
+        self.length, self.k, self.v = 0, None, None # columns so far
+
+    def begin(self, T, dtype):
+        """
+        Room for T more columns: their numbers (T,), and what is to be added to their attention scores, (B or 1, nh or 1, T, S)
+        in this dtype, or None. Columns that overwrite others come one at a time.
+        """
+        assert T == 1 or self.length + T <= self.size, f'{T} columns at once after {self.length} do not fit {self.size}'
+        at = torch.arange(self.length, self.length + T, device=self.pad.device)
+        self.slots = slice(self.length % self.size, (self.length + T - 1) % self.size + 1)
+        self.length += T
+        if T == 1 and not self.ragged and self.config.pos != 'alibi':
+            return at, None # all that is held is seen
+        S = min(self.size, self.length)
+        return at, self.bias(at, self.length - 1 - (self.length - 1 - torch.arange(S, device=at.device)) % self.size, dtype)
+
+    def bias(self, at, held, dtype):
+        """What is added to the attention scores of columns `at` (T,) for the columns `held` in the slots (S,)."""
+        distance = at[:, None] - held # (T, S)
+        seen = (distance >= 0) & (held >= self.pad[:, None, None]) | (distance == 0) # (B, T, S); empty ones see themselves, not nothing
+        bias = torch.zeros(seen.shape, device=at.device).masked_fill(~seen, float('-inf'))[:, None]
+        if self.config.pos == 'alibi':
+            bias = bias - alibi_slopes(self.config.n_head, at.device)[:, None, None] * distance
+        return bias.to(dtype)
+
+    def extend(self, layer, k, v):
+        """Add a layer's k, v (B, n_kv_head, T, hs) of the columns begun; all that it holds of them, (B, n_kv_head, S, hs) each."""
+        if self.k is None:
+            self.make(k)
+        self.k[layer][:, :, self.slots], self.v[layer][:, :, self.slots] = k, v
+        S = min(self.size, self.length)
+        return self.k[layer, :, :, :S], self.v[layer, :, :, :S]
+
+    def make(self, k):
+        """Take the memory, for keys like k (B, n_kv_head, T, hs)."""
+        B, n_kv_head, _, hs = k.shape
+        self.k, self.v = (k.new_zeros(self.config.n_layer, B, n_kv_head, self.size, hs) for _ in range(2))
+
+    def repeat(self, n):
+        """Each sequence n times."""
+        if n > 1:
+            self.k, self.v, self.pad = self.k.repeat_interleave(n, 1), self.v.repeat_interleave(n, 1), self.pad.repeat_interleave(n)
 
 
 class StaticCache(KVCache):

@@ -1,5 +1,5 @@
 """
-A GPT language model, all of it in this file but for the arithmetic in ops.py. With default settings it is GPT-2, down to the
+A GPT language model: blocks, forward pass, optimizer groups; the layers they are made of are in ops.py. With default settings it is GPT-2, down to the
 parameter names: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". What
 has proved itself since is a knob each, off by default; config/modern.py turns on those that pay.
 """
@@ -13,7 +13,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ops import Linear, alibi_bias, alibi_slopes, dropout, relu2, rms_norm, rotary_table, rotate
+from ops import Linear, alibi_bias, dropout, relu2, rms_norm, rotary_table, rotate
 
 
 @dataclass
@@ -144,58 +144,6 @@ class Block(nn.Module):
         return x
 
 
-class KVCache:
-    """
-    The keys and values of B sequences' last `size` tokens, so that each is computed once. Memory is taken once; a token
-    beyond it overwrites the oldest. Sequences of unequal length stand flush right: the first pad[b] columns of sequence b are empty.
-    """
-
-    def __init__(self, config, size, pad):
-        self.config, self.size, self.pad, self.ragged = config, size, pad, bool(pad.any())
-        self.length, self.k, self.v = 0, None, None # columns so far
-
-    def begin(self, T, dtype):
-        """
-        Room for T more columns: their numbers (T,), and what is to be added to their attention scores, (B or 1, nh or 1, T, S)
-        in this dtype, or None. Columns that overwrite others come one at a time.
-        """
-        assert T == 1 or self.length + T <= self.size, f'{T} columns at once after {self.length} do not fit {self.size}'
-        at = torch.arange(self.length, self.length + T, device=self.pad.device)
-        self.slots = slice(self.length % self.size, (self.length + T - 1) % self.size + 1)
-        self.length += T
-        if T == 1 and not self.ragged and self.config.pos != 'alibi':
-            return at, None # all that is held is seen
-        S = min(self.size, self.length)
-        return at, self.bias(at, self.length - 1 - (self.length - 1 - torch.arange(S, device=at.device)) % self.size, dtype)
-
-    def bias(self, at, held, dtype):
-        """What is added to the attention scores of columns `at` (T,) for the columns `held` in the slots (S,)."""
-        distance = at[:, None] - held # (T, S)
-        seen = (distance >= 0) & (held >= self.pad[:, None, None]) | (distance == 0) # (B, T, S); empty ones see themselves, not nothing
-        bias = torch.zeros(seen.shape, device=at.device).masked_fill(~seen, float('-inf'))[:, None]
-        if self.config.pos == 'alibi':
-            bias = bias - alibi_slopes(self.config.n_head, at.device)[:, None, None] * distance
-        return bias.to(dtype)
-
-    def extend(self, layer, k, v):
-        """Add a layer's k, v (B, n_kv_head, T, hs) of the columns begun; all that it holds of them, (B, n_kv_head, S, hs) each."""
-        if self.k is None:
-            self.make(k)
-        self.k[layer][:, :, self.slots], self.v[layer][:, :, self.slots] = k, v
-        S = min(self.size, self.length)
-        return self.k[layer, :, :, :S], self.v[layer, :, :, :S]
-
-    def make(self, k):
-        """Take the memory, for keys like k (B, n_kv_head, T, hs)."""
-        B, n_kv_head, _, hs = k.shape
-        self.k, self.v = (k.new_zeros(self.config.n_layer, B, n_kv_head, self.size, hs) for _ in range(2))
-
-    def repeat(self, n):
-        """Each sequence n times."""
-        if n > 1:
-            self.k, self.v, self.pad = self.k.repeat_interleave(n, 1), self.v.repeat_interleave(n, 1), self.pad.repeat_interleave(n)
-
-
 class GPT(nn.Module):
 
     def __init__(self, config):
@@ -239,7 +187,7 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, cache=None):
         """
         idx, targets: (B, T) int64 token ids; targets of -1 do not count. T <= block_size with learned positions.
-        cache: a KVCache that holds what came before idx, and idx too from now on
+        cache: a KVCache (generate.py) that holds what came before idx, and idx too from now on
 
         Returns (logits, loss): with targets the logits of every position (B, T, vocab_size) and the
         mean cross-entropy in nats (with loss_chunk None for the logits); without, those of the
@@ -297,13 +245,6 @@ class GPT(nn.Module):
         ]
         fused = device_type in ('cuda', 'cpu', 'mps') # one kernel for all parameters, wherever torch has it
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
-
-    def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops):
-        """
-        Model FLOPs utilization: the share of `peak_flops` (FLOP/s) that fwdbwd_per_iter sequences of
-        block_size tokens in dt seconds come to.
-        """
-        return self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / peak_flops
 
     def flops_per_token(self):
         """Of a forward and a backward pass: 6N + 12LHQT, PaLM appendix B (arXiv:2204.02311)."""

@@ -1,6 +1,6 @@
 """
-The functions under model.py that torch does not have, or has slower on a CPU. Nothing here is about GPTs, and
-model.py and this file need no other of ours. On other devices, and where torch compiles, the plain formula stands.
+What model.py and generate.py are made of that torch does not have, or has slower on a CPU: dropout, norm, activation, positions,
+and a Linear that can also be fine-tuned by LoRA, and packed for fast products with few rows. It needs no other file of ours. On other devices, and where torch compiles, the plain formula stands.
 """
 
 import os

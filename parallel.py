@@ -15,14 +15,15 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 from torch.utils._pytree import tree_map
+from tqdm import tqdm
 
 from configurator import fail
 from device import DTYPES
 
 
-def start(backend, device, timeout, micro_batches):
+def start(backend, device, timeout, accumulation):
     """
-    Join the processes that torchrun launched, which are to share `micro_batches` per iteration: (rank, number of
+    Join the processes that torchrun launched, which are to share `accumulation` micro-batches an iteration: (rank, number of
     processes), which is (0, 1) where it has launched none.
 
     backend: 'nccl', 'gloo', or 'auto'; device: where the model lives
@@ -31,9 +32,9 @@ def start(backend, device, timeout, micro_batches):
     if 'RANK' not in os.environ:
         return 0, 1
     n = int(os.environ['WORLD_SIZE'])
-    if micro_batches % n:
-        fits = [n * k for k in (micro_batches // n, micro_batches // n + 1) if k]
-        raise ValueError(f'gradient_accumulation_steps={micro_batches} cannot be shared by {n} processes; {" or ".join(map(str, fits))} can')
+    if accumulation % n:
+        fits = [n * k for k in (accumulation // n, accumulation // n + 1) if k]
+        raise ValueError(f'gradient_accumulation_steps={accumulation} cannot be shared by {n} processes; {" or ".join(map(str, fits))} can')
     if backend not in ('auto', 'nccl', 'gloo'):
         raise ValueError(f"backend={backend!r} is none of 'auto', 'nccl', 'gloo'")
     if 'mps' in device or (backend == 'nccl' and 'cuda' not in device):
@@ -113,7 +114,8 @@ def mean_losses(model, ctx, device, *splits):
     """
     sums = torch.zeros(len(splits), 2, device=device, dtype=torch.float32 if 'mps' in device else torch.float64)
     for i, batches in enumerate(splits):
-        for X, Y in batches:
+        quiet = os.environ.get('RANK', '0') != '0' or None # None: a bar on a terminal, once it has taken a second
+        for X, Y in tqdm(batches, desc='evaluating', unit='batch', delay=1, leave=False, disable=quiet):
             with ctx:
                 _, loss = model(X, Y)
             count = (Y >= 0).sum()
@@ -133,7 +135,10 @@ class StopSignals:
                 signal.signal(getattr(signal, name), self.receive)
 
     def receive(self, number, frame):
-        if self.number == number == signal.SIGINT: # a second Ctrl-C: leave at once
+        leaving = self.number == number == signal.SIGINT # a second Ctrl-C: at once
+        if number == signal.SIGINT and os.environ.get('RANK', '0') == '0' and sys.stderr.isatty():
+            os.write(2, b'\ninterrupted\n' if leaving else b'\nstopping after this iteration; Ctrl-C again leaves at once\n')
+        if leaving:
             os._exit(130)
         self.number = number
 

@@ -15,6 +15,7 @@ import time
 from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
+from configurator import fail
 from data.tokenizer import write_whole
 from parallel import gather
 
@@ -46,7 +47,7 @@ class RunLog:
         Raises OSError where out_dir cannot be written to.
         """
         self.out_dir, self.path, self.quiet = out_dir, os.path.join(out_dir, 'log.csv'), quiet
-        self.broken, self.wandb, self.run_id, rows = False, None, None, []
+        self.broken, self.wandb, self.run_id, rows = set(), None, None, []
         if not quiet:
             try:
                 os.makedirs(out_dir, exist_ok=True)
@@ -68,7 +69,8 @@ class RunLog:
             self.wandb.define_metric('*', step_metric='iter') # a resumed run draws on from where it stopped
         # a bar on a terminal, plain lines into files and pipes
         plain = quiet or not (sys.stdout.isatty() and sys.stderr.isatty())
-        self.bar = tqdm(total=max_iters, initial=iter_num, desc='training', unit='it', dynamic_ncols=True, disable=plain)
+        self.bar = tqdm(total=max_iters, initial=iter_num, dynamic_ncols=True, disable=plain, smoothing=0, # time left: at the speed so far, evaluations included
+                        bar_format='{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]')
         self.started = self.last_time = time.perf_counter() # of no calendar: never set back, fine on Windows too
         self.last_iter = self.last_row = iter_num
         self.last_tokens = tokens
@@ -111,7 +113,7 @@ class RunLog:
         numbers['seconds'] = round(self.seconds(), 3)
         self.attempt(self.append, numbers)
         if self.wandb:
-            self.wandb.log({name: value for name, value in numbers.items() if value is not None})
+            self.attempt(self.wandb.log, {name: value for name, value in numbers.items() if value is not None}, where='to wandb')
 
     def append(self, numbers):
         with open(self.path, 'ab+') as f:
@@ -123,18 +125,18 @@ class RunLog:
     def close(self):
         self.bar.close()
         if self.wandb:
-            self.wandb.finish()
+            self.attempt(self.wandb.finish, where='to wandb')
 
-    def attempt(self, write, *args):
+    def attempt(self, write, *args, where=''):
         if self.quiet:
             return
         try:
             write(*args)
-            self.broken = False
-        except Exception as e: # OSError mostly, but a picture has many ways to fail
-            if not self.broken:
-                say(f'cannot write the log into {self.out_dir}: {getattr(e, "strerror", None) or e}; training goes on')
-            self.broken = True
+            self.broken.discard(where)
+        except Exception as e: # OSError mostly, but a picture and wandb have many ways to fail
+            if where not in self.broken: # said once
+                say(f'cannot write the log {where or f"into {self.out_dir}"}: {getattr(e, "strerror", None) or e}; training goes on')
+            self.broken.add(where)
 
 
 def health(model, before):
@@ -186,12 +188,12 @@ def read_log(path):
 
 
 def draw(out_dirs, png):
-    """Loss over iterations and over training time of one or more runs, as a picture at `png`."""
+    """Loss over iterations and over training time of one or more runs, as a picture at `png`; whether it could be drawn."""
     try:
         import matplotlib
     except ImportError:
         say(f'no {png}: it needs matplotlib (pip install matplotlib)')
-        return
+        return False
     matplotlib.use('Agg') # no screen needed
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
@@ -210,6 +212,7 @@ def draw(out_dirs, png):
     axes[0].set_ylabel('loss (nats per token)')
     figure.savefig(png, dpi=110)
     plt.close(figure)
+    return True
 
 
 def columns(rows, x, y):
@@ -224,6 +227,10 @@ if __name__ == '__main__':
     args = parser.parse_args()
     missing = [d for d in args.out_dirs if not os.path.exists(os.path.join(d, 'log.csv'))]
     if missing:
-        parser.error(f'no log.csv in {", ".join(missing)}')
-    draw(args.out_dirs, args.png)
-    print(f'wrote {args.png}')
+        fail(f'no log.csv in {", ".join(missing)}')
+    try:
+        drawn = draw(args.out_dirs, args.png)
+    except (OSError, ValueError) as e: # a folder that is not there, a kind of picture that matplotlib does not know
+        fail(f'{args.png}: {getattr(e, "strerror", None) or e}')
+    if drawn:
+        print(f'wrote {args.png}')

@@ -37,9 +37,10 @@ device = 'auto' # 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto' # 'float32', 'bfloat16', 'float16'
 quantize = '' # 'int8': weights of 8 bits, for one text at a time on a CPU
 compile: bool | str = False # torch.compile, on a GPU as a CUDA graph: a minute to start, then faster steps
-config, given = configure(globals(), also=('train.py', 'model.py:GPTConfig'), own=('init_from', 'batch_size')) # a training recipe tells out_dir and device
+config, given = configure(globals(), also=('train.py', 'model.py:GPTConfig'), own=('init_from', 'batch_size', 'compile', 'seed')) # a training recipe tells out_dir and device
 
 # -----------------------------------------------------------------------------
+import contextlib
 import json
 import os
 import sys
@@ -50,8 +51,7 @@ import torch
 import checkpoint as ckpt
 from data.tokenizer import from_meta, write_whole
 from device import DTYPES, resolve, tune
-from generate import StaticCache, stream
-from model import KVCache
+from generate import KVCache, StaticCache, stream
 from ops import pack
 
 at_least(config, 1, 'num_samples', 'max_new_tokens', 'batch_size', 'stride')
@@ -71,7 +71,6 @@ if output and (interactive or os.path.isdir(output) or not os.path.isdir(os.path
     raise ValueError(f'output={output!r} must be a file in a folder that is there, and goes without --interactive')
 device, dtype, compile = resolve(device, 'auto' if dtype == 'fast' else dtype, compile, quantize) # small networks are not faster
 tune(device)
-sys.stdout.reconfigure(errors='replace') # a Windows console cannot show every character
 
 # -----------------------------------------------------------------------------
 # model, and the tokenizer that came with it
@@ -85,16 +84,14 @@ tokenizer = from_meta(ckpt.tokenizer_meta(loaded, source, model.config.vocab_siz
 # text in
 def read_prompts(text):
     """The prompts that an entry of `start` stands for."""
-    kind, _, path = text.partition(':')
-    if text == '-':
-        return [sys.stdin.read()]
+    kind, _, path = text.partition(':') if text != '-' else ('FILE', '', 0)
     if kind not in ('FILE', 'LINES'):
         return [text]
     try:
-        with open(path, encoding='utf-8') as f:
+        with open(path, encoding='utf-8-sig', closefd=path != 0) as f: # with Windows' mark at its start or without
             return [line for line in f.read().split('\n') if line] if kind == 'LINES' else [f.read()]
     except UnicodeDecodeError as e:
-        raise ValueError(f'prompt file {path} is not UTF-8 text: {e.reason} at byte {e.start}') from e
+        raise ValueError(f'{path and f"prompt file {path}" or "the prompt"} is not UTF-8 text: {e.reason} at byte {e.start}') from e
 
 if stop_token_char and len(tokenizer.encode(stop_token_char)) != 1:
     raise ValueError(f'stop_token_char={stop_token_char!r} is {len(tokenizer.encode(stop_token_char))} tokens; --stop takes any string')
@@ -159,6 +156,10 @@ def terminal(text):
 
 began, made = time.perf_counter(), 0
 if interactive: # a text that goes on and on; what was said is not computed again
+    with contextlib.suppress(ImportError): # the arrow keys; Windows' console has its own
+        import readline # noqa: F401
+    if sys.stdin.isatty():
+        print('what you write is continued; Ctrl-D ends', file=sys.stderr)
     context, size = [], model.config.block_size
     Cache = StaticCache if compile else KVCache
     cache = Cache(model.config, size, torch.zeros(1, dtype=torch.int64, device=device))
@@ -166,6 +167,7 @@ if interactive: # a text that goes on and on; what was said is not computed agai
         try:
             line = input('> ')
         except (EOFError, KeyboardInterrupt):
+            print()
             break
         try:
             line = tokenizer.encode(('\n' if context and context[-1] != tokenizer.eot and not tokenizer.decode(context).endswith('\n') else '') + line)

@@ -7,9 +7,6 @@ $ python train.py config/train_shakespeare_char.py config/cpu.py --max_iters=500
 
 On 8 GPUs of one machine:
 $ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
-
-On 2 machines, each with its own node_rank:
-$ torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --master_port=1234 train.py config/train_gpt2.py --gradient_accumulation_steps=48
 """
 
 from configurator import above, at_least, at_most, below, configure, fail, one_of
@@ -34,8 +31,8 @@ dataset = 'openwebtext' # a folder of data/ that was prepared
 mask_before_token = '' # lines of question, this token, answer: only the answers count in the loss, '' for all tokens
 mask_per_line = True # False: everything after the window's first such token counts
 align_to_lines = False # True: sequences begin where lines do
-gradient_accumulation_steps = 40 # micro-steps per iteration, over all processes together: 5 * 8 GPUs
-batch_size = 12 # sequences per micro-step and process
+gradient_accumulation_steps = 40 # micro-batches per iteration, over all processes together: 5 * 8 GPUs
+batch_size = 12 # sequences per micro-batch
 block_size = 1024 # tokens per sequence, the longest context
 seed = 1337 # of the weights, the order of the data, and dropout
 # model, as GPT-2; GPTConfig in model.py has the knobs of newer architectures (pos, norm, activation, ...)
@@ -45,7 +42,7 @@ n_embd = 768 # width
 d_head: int | None = None # width of a head; any sufficient two of n_head, n_embd, d_head will do
 d_model: int | None = None # another word for n_embd
 dropout = 0.0 # for pretraining 0 is good, for finetuning try 0.1+
-bias = False # biases in Linears and LayerNorms, as GPT-2 has them?
+bias = False # biases in Linears and LayerNorms; True: as GPT-2 has them
 # optimizer
 optimizer = 'adamw' # or 'muon', for the matrices in the blocks
 learning_rate = 6e-4 # the highest
@@ -61,7 +58,7 @@ max_bad_steps = 20 # stop after so many steps in a row without a finite loss and
 # learning rate decay
 decay_lr = True # False: learning_rate throughout
 lr_schedule = 'cosine' # or 'trapezoid': constant, then linear to min_lr over the last decay_share of lr_decay_iters
-decay_share = 0.6 # of the trapezoid
+decay_share = 0.6 # of lr_decay_iters, in which a trapezoid falls
 warmup_iters = 2000 # iterations of linear rise
 lr_decay_iters = 600000 # where the decay ends, about max_iters (Hoffmann et al. 2022)
 min_lr = 6e-5 # where it ends, about learning_rate / 10
@@ -103,16 +100,19 @@ from model import GPT, GPTConfig
 from runlog import RunLog, health, say
 
 # -----------------------------------------------------------------------------
-# devices and processes
+# can the knobs be so?
 save_interval = config['save_interval'] = eval_interval if save_interval is None else save_interval
 at_least(config, 1, 'eval_interval', 'save_interval', 'log_interval', 'eval_iters', 'keep_checkpoints',
          'gradient_accumulation_steps', 'batch_size', 'block_size', 'dist_timeout')
 at_least(config, 0, 'beta1', 'beta2', 'seed', 'max_bad_steps', 'batch_size_warmup_iters', 'patience', 'loss_chunk', 'learning_rate', 'min_lr',
-         'warmup_iters', 'lr_decay_iters', 'weight_decay', 'grad_clip')
+         'warmup_iters', 'max_iters', 'lr_decay_iters', 'weight_decay', 'grad_clip')
 below(config, 1, 'beta1', 'beta2')
 at_most(config, 2**63 - 1, 'seed')
 above(config, 0, 'decay_share')
 one_of(config, optimizer=('adamw', 'muon'), lr_schedule=('cosine', 'trapezoid'))
+
+# -----------------------------------------------------------------------------
+# devices and processes
 device, dtype, compile = resolve(device, dtype, compile)
 tune(device)
 ctx = autocast(device, dtype)
@@ -138,7 +138,8 @@ if init_from == 'scratch':
     model, loaded = GPT(GPTConfig(**{name: sizes[name] for name in GPTConfig.__dataclass_fields__})), {}
 else: # this run's own checkpoint to go on with, or other weights to fine-tune
     source = own if init_from == 'resume' else init_from
-    model, loaded = ckpt.open_model(source, lora_rank, dropout=dropout, attn_dropout=attn_dropout)
+    rank_of_lora = lora_rank if init_from != 'resume' or 'lora_rank' in given else None # None: as it is
+    model, loaded = ckpt.open_model(source, rank_of_lora, dropout=dropout, attn_dropout=attn_dropout)
     if not same_tokenizer(loaded.get('meta') or meta, meta):
         raise ValueError(f'{source}: the weights were trained with another vocabulary than that of {data_dir}')
     ckpt.fit_sizes(model, asked, source)
@@ -158,7 +159,7 @@ say(f'{dataset}: {len(train_data.tokens):,} tokens to train on, {len(val_data.to
     f'{gradient_accumulation_steps * batch_size * block_size:,} per iteration'
     + (f', {train_data.targets / batch_size / block_size:.1%} of them targets that count' if train_data.masked else ''))
 say(f'model: {model.get_num_params() / 1e6:.2f}M parameters on {device}, {dtype}{", compiled" if compile else ""}'
-    + (f', {sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6:.2f}M of them trained' if lora_rank else '') +
+    + (f', {sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6:.2f}M of them trained' if model.config.lora_rank else '') +
     f'{f", {world_size} processes" if ddp else ""}{", sharded" if fsdp else ""}')
 
 # -----------------------------------------------------------------------------
@@ -166,14 +167,10 @@ say(f'model: {model.get_num_params() / 1e6:.2f}M parameters on {device}, {dtype}
 scaler = torch.amp.GradScaler(enabled=dtype == 'float16') # does nothing unless float16
 make_optimizer = {'adamw': model.configure_optimizers, 'muon': partial(muon.configure, model, config)}[optimizer]
 optimizer = make_optimizer(weight_decay, learning_rate, (beta1, beta2), device.partition(':')[0])
-iter_num, best_val_loss, best_iter = 0, float('inf'), 0
-best_file = run_id = None # the file of the best weights, and wandb's id
+iter_num, best_val_loss, best_iter, best_file, run_id = 0, float('inf'), 0, None, None # best_file: of the best weights; run_id: wandb's
 if init_from == 'resume':
     ckpt.load_optimizer(optimizer, scaler, loaded)
-    iter_num, best_val_loss = loaded['iter_num'], float(loaded.get('best_val_loss', 'inf'))
-    best_iter, best_file, run_id = loaded.get('best_iter', iter_num), loaded.get('best_file'), loaded.get('run_id')
-    if parallel.agree(iter_num) != iter_num:
-        raise ValueError(f'{own} is at iteration {iter_num} here and another at rank 0; out_dir must be one folder that all machines see')
+    iter_num, best_val_loss, best_iter, best_file, run_id = ckpt.where_it_stood(out_dir, loaded)
     say(f'resuming {own} at iteration {iter_num}')
 loaded = None # frees its memory
 start_iter = iter_num
@@ -248,7 +245,7 @@ while True:
     for group in optimizer.param_groups:
         group['lr'] = lr * group.get('lr_scale', 1.0)
     first, count = micro_batches(iter_num, gradient_accumulation_steps, batch_size_warmup_iters)
-    micro_steps = -(-count // world_size) # per rank, rounded up
+    micro_steps = -(-count // world_size) # of this rank, a micro-batch each; rounded up
 
     # every rank evaluates its share of the windows; the master writes it down and keeps the best
     evaluated = iter_num % eval_interval == 0 or iter_num >= max_iters or eval_only
@@ -258,7 +255,7 @@ while True:
         if losses['val'] < best_val_loss:
             before = best_val_loss, best_iter, best_file
             best_val_loss, best_iter = losses['val'], iter_num
-            best_file = 'best.pt' if iter_num > 0 and not always_save_checkpoint and not eval_only else None
+            best_file = 'best.pt' if (iter_num > 0 or init_from != 'scratch') and not always_save_checkpoint and not eval_only else None
             if best_file and not parallel.agree(save(best_file)):
                 best_val_loss, best_iter, best_file = before # the file holds that one still
         if not eval_only:
@@ -300,9 +297,8 @@ while True:
     # all ranks save, before the step: these weights have just shown a finite loss and gradient
     stopping = parallel.any_rank(stop)
     save_due = save_due or (iter_num % save_interval == 0 and iter_num > start_iter)
-    if (save_due or stopping) and not bad:
-        if iter_num > start_iter:
-            save()
+    if (save_due or stopping and iter_num > start_iter) and not bad:
+        save()
         save_due = False
     if stopping and (not bad or not max_bad_steps):
         ended = 'stopped' + (', go on by the same command with --init_from=resume: ' if iter_num else ' before the first step: ')
@@ -334,8 +330,9 @@ while True:
 parallel.leave() # nobody before the master has saved
 if not eval_only:
     log.close()
-    say(f'{ended}iteration {iter_num}, {log.seconds():.1f} s of training, best val loss {best_val_loss:.4f}; '
-        f'next: python sample.py --out_dir={out_dir}')
+    say(f'{ended}iteration {iter_num}, {log.seconds():.1f} s of training, best val loss {best_val_loss:.4f}')
+    if os.path.exists(own):
+        say(f'next: python sample.py --out_dir={out_dir}')
     if any(unsaved.values()):
         problem = f'{" and ".join(filter(unsaved.get, unsaved))} could not be written at the last attempt; what is in {out_dir} is older'
     if problem and master_process:

@@ -17,7 +17,7 @@ wandb_run_name = 'ft-gpt2-xl'
 dataset = 'shakespeare'
 init_from = 'gpt2-xl'
 
-# 1 sequence * 1024 tokens * 4 micro-steps = 4096 tokens per iteration;
+# 1 sequence * 1024 tokens * 4 micro-batches = 4096 tokens per iteration;
 # 301,966 tokens are 74 iterations, so 160 iterations are a little over 2 epochs
 batch_size = 1
 _processes = int(os.environ.get('WORLD_SIZE', 1))

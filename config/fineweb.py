@@ -10,8 +10,8 @@ wandb_project = 'fineweb'
 wandb_run_name = 'gpt2-124M-modern'
 
 dataset = 'fineweb'
-# 32 sequences * 1024 tokens * 16 micro-steps (2 on each of 8 GPUs, 16 on one) = 524,288 tokens per iteration
-batch_size = 32 # on 40 GB: 16, and twice the micro-steps
+# 32 sequences * 1024 tokens * 16 micro-batches (2 on each of 8 GPUs, 16 on one) = 524,288 tokens per iteration
+batch_size = 32 # on 40 GB: 16, and twice the micro-batches
 gradient_accumulation_steps = 16
 n_head = 6 # heads of 128
 

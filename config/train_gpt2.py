@@ -10,7 +10,7 @@ wandb_project = 'owt'
 wandb_run_name = 'gpt2-124M'
 
 dataset = 'openwebtext'
-# 12 sequences * 1024 tokens * 40 micro-steps (5 on each of 8 GPUs) = 491,520 tokens per iteration
+# 12 sequences * 1024 tokens * 40 micro-batches (5 on each of 8 GPUs) = 491,520 tokens per iteration
 batch_size = 12
 block_size = 1024
 gradient_accumulation_steps = 5 * 8

@@ -41,6 +41,8 @@ def prepare(hub_name, data_files, column, streaming, output_dir, val_every, **wh
     hub_name: a dataset of the hub; data_files: local files to read instead, a glob; column: what holds the text
     streaming: read over the network as it goes, without a cache on disk; where: more for load_dataset (name, revision)
     """
+    if val_every < 2:
+        raise ValueError(f'val_every={val_every} must be at least 2')
     documents = load_documents(hub_name, column, streaming, data_files, **where)
 
     def pieces_after(n):

@@ -5,6 +5,7 @@ about the data needs saving, any number of processes sees the same global batche
 can work ahead.
 """
 
+import glob
 import os
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -77,7 +78,11 @@ class Loader:
         """
         folder = os.path.dirname(path)
         if not os.path.isfile(path):
-            raise FileNotFoundError(f'{path} not found; prepare the dataset first: python {folder}/prepare.py')
+            script = os.path.join(folder, 'prepare.py')
+            if not os.path.exists(script):
+                there = [os.path.basename(os.path.dirname(name)) for name in sorted(glob.glob(os.path.join(os.path.dirname(folder), '*', 'train.bin')))]
+                script = f'data/text/prepare.py --input=... --dataset={os.path.basename(folder)} (prepared are: {", ".join(there) or "none"})'
+            raise FileNotFoundError(f'{path} not found; prepare the dataset first: python {script}')
         dtype = np.dtype(dataset_meta(folder).get('dtype', 'uint16'))
         count, rest = divmod(os.path.getsize(path), dtype.itemsize)
         if rest:

@@ -29,7 +29,7 @@ def test_a_recipe_tells_the_sizes(project):
 
 
 def test_a_missing_dataset_is_one_line(project):
-    assert 'python data/poems/prepare.py' in project.error('bench.py', *SMALL, '--dataset=poems')
+    assert 'python data/text/prepare.py --input=... --dataset=poems' in project.error('bench.py', *SMALL, '--dataset=poems')
 
 
 def test_generation_is_timed_beside_its_ceiling_and_transformers(project):

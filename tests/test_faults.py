@@ -277,6 +277,30 @@ def test_the_best_is_kept_beside_the_last(runs, project):
     assert not (folder / 'best.pt').exists() or ckpt.load(str(folder))['best_val_loss'] == ckpt.load(str(folder / 'ckpt.pt'))['best_val_loss']
 
 
+def test_gone_back_the_best_of_what_came_after_is_no_longer_the_best(runs, project):
+    assert runs.run('back', *LONG, '--always_save_checkpoint=False', '--keep_checkpoints=9')[0] == 0
+    folder = project.path / 'back'
+    assert ckpt.load(str(folder))['iter_num'] == 100
+    shutil.copy(folder / 'ckpt-40.pt', folder / 'ckpt.pt')
+    shutil.copy(folder / 'ckpt-40.pt', folder / 'ckpt-mine.pt') # the user's own copy stays
+    assert runs.run('back', *LONG, '--always_save_checkpoint=False', '--init_from=resume', '--max_iters=60', '--learning_rate=5', '--min_lr=5')[0] == 0
+    assert ckpt.load(str(folder))['path'].endswith('ckpt.pt') and not (folder / 'best.pt').exists() # nothing better has come, and the 40th's own file is gone
+    assert (folder / 'ckpt-mine.pt').exists()
+
+
+def test_fine_tuning_that_only_makes_it_worse_leaves_the_weights_it_began_with(runs, project, trained):
+    flags = [*TINY, '--init_from=out-trained', '--always_save_checkpoint=False', '--learning_rate=5', '--min_lr=5', '--max_iters=10']
+    code, text = runs.run('worse', *flags)
+    assert code == 0 and ckpt.load(str(project.path / 'worse'))['iter_num'] == 0
+    a, b = (ckpt.load(str(project.path / name))['model'] for name in ('worse', 'out-trained'))
+    assert all(a[name].equal(b[name]) for name in b)
+
+
+def test_a_run_in_the_folder_of_another_says_so(runs):
+    assert 'holds an earlier run' not in runs.run('twice', *TINY)[1]
+    assert 'twice holds an earlier run: its log is replaced now' in runs.run('twice', *TINY)[1]
+
+
 def test_a_new_run_in_an_old_folder_leaves_nothing_of_the_old_one(runs, project):
     assert runs.run('reused', *LONG, '--always_save_checkpoint=False')[0] == 0
     assert (project.path / 'reused' / 'best.pt').exists()

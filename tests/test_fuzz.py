@@ -84,6 +84,20 @@ def test_flags_of_bench(project, trained, extra):
           '--vocab_size=50', *extra, '--mode=train', '--compile=False')
 
 
+@fuzz
+@given(flags('data/text/prepare.py'))
+def test_flags_of_prepare(project, trained, extra):
+    (project.path / 'fuzzed.txt').write_text('to be or not to be\n' * 30)
+    holds(project, 'data/text/prepare.py', *extra, '--input=fuzzed.txt', '--dataset=fuzzed')
+    (project.path / 'fuzzed.txt').unlink()
+
+
+@settings(fuzz, max_examples=MANY // 4) # transformers takes seconds to load
+@given(flags('convert.py'))
+def test_flags_of_convert(project, trained, extra):
+    holds(project, 'convert.py', '--init_from=out-trained', *extra, '--output=out-fuzz')
+
+
 code = st.one_of(
     st.binary(max_size=60),
     st.lists(st.tuples(st.sampled_from(['max_iters', 'dropout', 'bias', 'out_dir', 'dataset', '_x', 'x', 'n_layer', 'seed', 'lr_schedule', 'import os;seed']),

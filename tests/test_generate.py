@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from generate import pick, stream
-from model import GPT, GPTConfig, KVCache
+from generate import KVCache, pick, stream
+from model import GPT, GPTConfig
 from ops import pack
 
 KNOBS = [dict(), dict(pos='rotary'), dict(pos='alibi'), dict(pos='none'), dict(n_kv_head=2), dict(n_kv_head=1, pos='rotary', qk_norm=True),

@@ -120,5 +120,5 @@ def test_a_block_longer_than_the_data_is_named(tmp_path):
 
 
 def test_a_missing_dataset_says_which_command_prepares_it(tmp_path):
-    with pytest.raises(FileNotFoundError, match='python data/poems/prepare.py'):
+    with pytest.raises(FileNotFoundError, match='python data/text/prepare.py --input=... --dataset=poems'):
         Loader('data/poems/train.bin', 8, 4, 65)

@@ -154,10 +154,10 @@ def test_decay_is_for_matrices_only_and_adamw_is_fused():
     assert decay['fused'] and sum(p.numel() for g in optimizer.param_groups for p in g['params']) == sum(p.numel() for p in tiny().parameters())
 
 
-def test_mfu_is_six_flops_a_parameter_and_token_plus_attention():
+def test_a_token_takes_six_flops_a_parameter_plus_attention():
     m = tiny()
     per_token = 6 * m.get_num_params() + 12 * 2 * 16 * 16
-    assert math.isclose(m.estimate_mfu(10, 0.5, 1e9), per_token * 16 * 10 / 0.5 / 1e9)
+    assert m.flops_per_token() == per_token
 
 
 def test_greedy_generation_follows_the_most_likely_token_past_the_block():

@@ -18,7 +18,7 @@ num_examples = 2000000 # lines, train and val together
 seed = 1337 # the same seed gives the same files
 max_operations = 2 # 1 or 2
 max_digits = 3 # before the point
-max_places = 4 # after it, 0 to 4; half of the numbers are integers
+max_places = 4 # after it, 0 to 4; three in five numbers are integers
 operators = '++--*/' # each as often as it stands here: sums are what a small model can learn
 reverse_answer = False # True: answers from their last digit to their first, as one computes them on paper
 if __name__ == '__main__':
@@ -32,7 +32,7 @@ ONE = 10**4 # numbers are integers in units of the fourth decimal place
 
 
 def numbers(rng, n):
-    """n numbers: as many of one digit as of two and of three, half of them integers, one in eight negative."""
+    """n numbers: as many below 10 as below 100 and below 1000; half get no decimals, half 0 to 4; one in eight negative."""
     whole = rng.integers(10 ** rng.integers(1, max_digits + 1, n))
     places = np.where(rng.random(n) < 0.5, 0, rng.integers(0, max_places + 1, n))
     decimals = rng.integers(10**places) * 10 ** (4 - places)

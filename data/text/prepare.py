@@ -220,7 +220,7 @@ if __name__ == '__main__':
         documents = load_documents(hub_name, column, streaming=True, **({'name': name} if name else {}))
         total, unit = None, 'doc'
         read_pieces = lambda: (piece for row in unbroken(documents, hub_name) for piece in pieces_of(row, column, prompt, hub_name, 1))
-    print(f'reading {f"{len(files):,} files, {total / 1e6:,.1f} MB" if input else hub_name} ...', flush=True)
+    print(f'reading {f"{len(files):,} file(s), {total / 1e6:,.1f} MB" if input else hub_name} ...', flush=True)
     lengths, characters = survey(read_pieces(), everything=tokenizer == 'char')
     if sum(lengths) < 100:
         raise ValueError(f'{input or hub_name} holds {sum(lengths)} characters, too few to train on')
@@ -232,6 +232,8 @@ if __name__ == '__main__':
             raise ValueError(f'{tokenizer} comes without its tokenizer')
         meta = with_dtype(meta)
     else:
+        if tokenizer == 'train':
+            print(f'learning a BPE of {vocab_size:,} tokens ...', flush=True)
         meta = make_meta(tokenizer, vocab_size, (piece.text for piece in pieces() if piece.split == 'train'), characters)
     if prompt and from_meta(meta).eot is None:
         raise ValueError(f'tokenizer={tokenizer!r} has no <|endoftext|>, so answers to prompts would have no end')
