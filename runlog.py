@@ -82,6 +82,7 @@ class RunLog:
 
     def evaluation(self, iter_num, tokens, **numbers):
         """An evaluation before iteration iter_num, `tokens` being those trained on before: a row and a new loss.png."""
+        self.advance(iter_num)
         self.row(iter=iter_num, tokens=tokens, **numbers)
         self.attempt(draw, [self.out_dir], os.path.join(self.out_dir, 'loss.png'))
         # the speed in the log is that of training alone
@@ -102,11 +103,15 @@ class RunLog:
         if self.bar.disable and not self.quiet:
             say(f'iter {iter_num}: loss {loss:.4f}, {dt * 1000:.2f} ms, {text}')
         self.bar.set_postfix_str(f'loss {loss:.4f}, {text}', refresh=False)
+        self.advance(iter_num + 1)
+        self.last_time, self.last_iter, self.last_row, self.last_tokens = now, iter_num + 1, iter_num + 1, tokens
+
+    def advance(self, iterations):
+        """Bring the bar to so many iterations done."""
         try:
-            self.bar.update(iter_num + 1 - self.bar.n)
+            self.bar.update(iterations - self.bar.n)
         except OSError: # as in say()
             self.bar.disable = True
-        self.last_time, self.last_iter, self.last_row, self.last_tokens = now, iter_num + 1, iter_num + 1, tokens
 
     def row(self, **numbers):
         """One row of log.csv; the names are COLUMNS. A disk that does not take it is told once and does not end the run."""
