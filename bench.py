@@ -5,6 +5,7 @@ loader and the optimizers, each beside a ceiling that is measured on the spot.
 $ python bench.py config/train_shakespeare_char.py config/cpu.py                          # a training step, in parts
 $ python bench.py config/train_gpt2.py --real_data=False --compare=transformers           # in turn with that of GPT2LMHeadModel
 $ python bench.py config/train_gpt2.py --real_data=False --compare=../nanoGPT/model.py    # or with any model.py's, yesterday's for one
+$ python bench.py config/train_gpt2.py --compare="--pos=rotary --norm=rmsnorm"            # or with other knobs, each by itself
 $ python bench.py --mode=generate                                                         # GPT-2's size, random weights
 $ python bench.py --mode=data                                                             # batches
 $ python bench.py --mode=optimizer                                                        # AdamW and Muon, and torch's
@@ -12,7 +13,7 @@ $ python bench.py config/train_gpt2.py --mode=growth --png=growth.png           
 $ python bench.py config/train_gpt2.py --mode=project --tokens=2.4e9                      # on 8, 64 and 1024 GPUs: arithmetic, not measured
 """
 
-from configurator import above, at_least, at_most, configure, one_of
+from configurator import above, at_least, at_most, configure, fit, one_of, read_flag, read_knobs
 
 # -----------------------------------------------------------------------------
 # what to time
@@ -20,7 +21,7 @@ mode = 'train' # or 'generate', 'data', 'optimizer', 'growth', 'project'
 steps = 20 # measured steps; the figures are medians over them
 warmup_steps = 5 # unmeasured ones before
 real_data = True # False: random tokens, so that nothing need be prepared
-compare = '' # in turn with ours: 'transformers' (its GPT-2), or the path of a model.py with GPT and GPTConfig (to train)
+compare = '' # in turn with ours, some of: 'transformers' (its GPT-2), the path of a model.py with GPT and GPTConfig, --KNOB=VALUE of the network or the optimizer
 json = '' # also write the figures into this file
 guards = False # True: also alternate steps with and without train.py's checks for bad gradients, signals, and its log
 profile = False # True: also write trace.json with torch's profiler, for chrome://tracing
@@ -92,6 +93,7 @@ for path in filter(None, (json, png)): # before minutes are spent
         raise ValueError(f'{path!r} must be a file in a folder that is there')
 if not all(type(n) is int and n > 0 for n in gpus):
     raise ValueError(f'gpus={gpus} must be numbers of at least 1')
+rivals = [compare] if os.path.exists(compare) else compare.split()
 device, dtype, compile = resolve(device, dtype, compile)
 kind = device.partition(':')[0] # 'cuda' of 'cuda:0'
 if kind == 'cuda':
@@ -160,8 +162,8 @@ def matvec_ceiling(size=2**26, repeats=20):
 
 # -----------------------------------------------------------------------------
 # what is timed
-def make_model():
-    model = GPT(GPTConfig(**{name: globals()[name] for name in GPTConfig.__dataclass_fields__}))
+def make_model(**others):
+    model = GPT(GPTConfig(**{name: {**globals(), **others}[name] for name in GPTConfig.__dataclass_fields__}))
     model.loss_chunk = loss_chunk
     return model
 
@@ -218,14 +220,21 @@ class Trainer:
         ticks.append(clock())
         return [b - a for a, b in zip(ticks, ticks[1:])]
 
-def rival():
-    """The Trainer that `compare` names, with AdamW."""
+def rival(compare):
+    """The Trainer that a word of `compare` names; what is not our network takes AdamW."""
+    if '=' in compare:
+        knobs = {'optimizer': read_knobs(__file__, globals())['optimizer'], **read_knobs(os.path.join(os.path.dirname(__file__), 'model.py:GPTConfig'))}
+        (name, (value, where)), = read_flag(compare, knobs).items()
+        value = fit(knobs[name], value, where)
+        one_of({name: value}, **({'optimizer': ('adamw', 'muon')} if name == 'optimizer' else {}))
+        model = make_model(**{name: value})
+        return Trainer(model, make_optimizer(model, value if name == 'optimizer' else optimizer))
     if compare == 'transformers':
         model = transformers_gpt2()
         forward = lambda model, X, Y: F.cross_entropy(model(X, use_cache=False).logits.flatten(0, 1), Y.flatten())
         return Trainer(model, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True), forward)
     if not (os.path.isfile(compare) and compare.endswith('.py')):
-        raise ValueError(f"compare={compare!r} is neither 'transformers' nor the path of a model.py")
+        raise ValueError(f"compare={compare!r} is neither 'transformers' nor the path of a model.py nor --KNOB=VALUE")
     ours = sys.modules.pop('ops') # what it imports lies beside it
     sys.path.insert(0, os.path.dirname(os.path.abspath(compare)))
     spec = importlib.util.spec_from_file_location('model_to_compare', compare)
@@ -265,9 +274,8 @@ def bench_train():
         parts.append([clock() - t, *us(*batch, clock=clock)])
     memory, graphs = memory_gb(device), compile and torch._dynamo.utils.counters['stats']['unique_graphs'] # before anybody else has some
     runs = {'flatgpt': lambda: us(*next(batches))}
-    if compare:
-        them = rival()
-        runs[compare] = lambda: them(*next(batches))
+    for name in rivals:
+        runs[name] = lambda them=rival(name): them(*next(batches))
     taken = in_turn(runs, steps) # without a clock between the parts
     dt = median(taken['flatgpt'])
     for name, each in zip(('data', 'forward', 'backward', 'optimizer'), zip(*parts)):
@@ -282,9 +290,9 @@ def bench_train():
         report('memory', memory, 'GB', 'now' if kind == 'mps' else 'at most')
     if compile:
         report('graphs compiled', graphs, '', digits=0)
-    if compare:
-        report(f'{compare}: step', median(taken[compare]) * 1000, 'ms', spread(taken[compare]))
-        report('its time over ours', median(taken[compare]) / dt, 'times')
+    for name in rivals:
+        report(f'{name}: step', median(taken[name]) * 1000, 'ms', spread(taken[name]))
+        report('its time over ours' if name == compare else f'{name}: over ours', median(taken[name]) / dt, 'times')
     if guards:
         with tempfile.TemporaryDirectory() as folder:
             log = RunLog(folder, config, quiet=False)

@@ -51,6 +51,13 @@ def test_a_step_is_timed_in_turn_with_that_of_another(project, rival):
     assert told['figures']['its time over ours']['value'] == pytest.approx(ratio)
 
 
+def test_other_knobs_are_timed_in_turn(project):
+    out = project.run('bench.py', *SMALL, '--real_data=False', '--compare=--pos=rotary --optimizer=muon').stdout
+    assert '--pos=rotary: over ours' in out and '--optimizer=muon: over ours' in out
+    for words, message in (('--pos=up', "'up'"), ('--batch_size=3', 'unknown flag --batch_size'), ('--optimizer=sgd', 'is none of'), ('--n_layer=x', 'takes int')):
+        assert message in project.error('bench.py', *SMALL, '--real_data=False', f'--compare={words}')
+
+
 def test_a_rival_that_is_not_there_is_one_line(project):
     for path, message in (('nowhere.py', 'neither'), ('README.md', 'neither'), ('muon.py', 'has no GPT and GPTConfig')):
         assert message in project.error('bench.py', *SMALL, '--real_data=False', f'--compare={path}')
