@@ -222,13 +222,13 @@ class Trainer:
 
 def rival(compare):
     """The Trainer that a word of `compare` names; what is not our network takes AdamW."""
-    if '=' in compare:
+    if compare.startswith('--'):
         knobs = {'optimizer': read_knobs(__file__, globals())['optimizer'], **read_knobs(os.path.join(os.path.dirname(__file__), 'model.py:GPTConfig'))}
         (name, (value, where)), = read_flag(compare, knobs).items()
-        value = fit(knobs[name], value, where)
-        one_of({name: value}, **({'optimizer': ('adamw', 'muon')} if name == 'optimizer' else {}))
-        model = make_model(**{name: value})
-        return Trainer(model, make_optimizer(model, value if name == 'optimizer' else optimizer))
+        others = {'optimizer': optimizer, name: fit(knobs[name], value, where)}
+        one_of(others, optimizer=('adamw', 'muon'))
+        model = make_model(**others)
+        return Trainer(model, make_optimizer(model, others['optimizer']))
     if compare == 'transformers':
         model = transformers_gpt2()
         forward = lambda model, X, Y: F.cross_entropy(model(X, use_cache=False).logits.flatten(0, 1), Y.flatten())
@@ -282,10 +282,10 @@ def bench_train():
         report(name, median(each) * 1000, 'ms', f'{median(each) / sum(map(median, zip(*parts))):.1%}')
     report('step', dt * 1000, 'ms', spread(taken['flatgpt']))
     report('speed', batch_size * block_size / dt, 'tokens/s', digits=0)
-    ceiling = matmul_ceiling()
-    report('share of a matmul', model.flops_per_token() * batch_size * block_size / dt / ceiling * 100, '%', f'of large matrices, on this machine now: {ceiling / 1e12:.3f} TFLOP/s', 1)
+    flops, ceiling = model.flops_per_token() * batch_size * block_size / dt, matmul_ceiling()
+    report('share of a matmul', flops / ceiling * 100, '%', f'of large matrices, on this machine now: {ceiling / 1e12:.3f} TFLOP/s', 1)
     if peak_flops(device, dtype):
-        report('MFU', model.flops_per_token() * batch_size * block_size / dt / peak_flops(device, dtype) * 100, '%', f'data sheet: {peak_flops(device, dtype) / 1e12:.0f} TFLOP/s', 1)
+        report('MFU', flops / peak_flops(device, dtype) * 100, '%', f'data sheet: {peak_flops(device, dtype) / 1e12:.0f} TFLOP/s', 1)
     if memory:
         report('memory', memory, 'GB', 'now' if kind == 'mps' else 'at most')
     if compile:

@@ -60,6 +60,8 @@ above(config, 0, 'top_p', 'repetition_penalty')
 at_most(config, 1, 'top_p', 'min_p')
 prompts = [start] if isinstance(start, str) else start
 stops = [stop] if isinstance(stop, str) else stop
+if sys.stdin is None and (interactive or '-' in prompts):
+    raise ValueError('standard input is closed; give a prompt by --start=... instead')
 for name, texts in (('start', prompts), ('stop', stops)):
     if not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(f'{name}={config[name]} must be a text or a list of texts')

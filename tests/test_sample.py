@@ -129,3 +129,9 @@ def test_seeds_and_samples_may_be_many_and_shares_are_at_most_one(project, train
     assert project.run('sample.py', *flags, '--batch_size=2').stdout == project.run('sample.py', *flags).stdout
     assert project.run('sample.py', *flags, '--seed=20261121123000999').stdout.count('\n---------------\n') == 5
     assert 'min_p=5.0 must be at most 1' in project.error('sample.py', *flags, '--min_p=5')
+
+
+@pytest.mark.parametrize('flag', ['--start=-', '--interactive=True'])
+def test_a_closed_standard_input_is_one_line(project, trained, flag):
+    closed = ['sh', '-c', 'exec "$0" "$@" <&-', sys.executable]
+    assert 'standard input is closed' in project.error('sample.py', *FLAGS, f'--out_dir={trained[0]}', flag, launcher=closed)
