@@ -17,6 +17,9 @@ from data.lines import find_starts, mask_targets
 from data.tokenizer import dataset_meta
 
 
+CHECKED = 50_000_000 # tokens that are looked through at the start for ids the model does not have
+
+
 def mix(x):
     """splitmix64's finaliser: uint64 array -> well-mixed uint64 array (Steele et al. 2014)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -67,6 +70,11 @@ def deal(iteration, most, warmup_iters, rank, world_size):
         iteration += 1
 
 
+def split(ids, Y=None):
+    """Windows (B, T + 1), and their targets where not all count, as inputs and targets (B, T) each."""
+    return ids[:, :-1], ids[:, 1:] if Y is None else Y
+
+
 class Loader:
     """One split's tokens, a .bin file of uint16 or what the meta.pkl beside it records, cut into training batches and fixed validation windows."""
 
@@ -92,7 +100,7 @@ class Loader:
         self.path, self.block_size, self.batch_size, self.vocab_size, self.seed = path, block_size, batch_size, vocab_size, seed
         self.tokens = np.memmap(path, dtype=dtype, mode='r')
         self.windows = np.lib.stride_tricks.sliding_window_view(self.tokens, block_size + 1)  # (N - T, T + 1), a view
-        self.check(self.tokens if lines else self.tokens[:50_000_000])  # the rest is checked batch by batch
+        self.check(self.tokens if lines else self.tokens[:CHECKED])  # the rest is checked batch by batch
         self.lines = lines
         mask = path.removesuffix('.bin') + '.mask' # a byte for each token, whether it counts as a target
         if os.path.exists(mask) and os.path.getsize(mask) != count:
@@ -112,16 +120,26 @@ class Loader:
             raise ValueError(f'{self.path} has token id {ids.max()}, but vocab_size is {self.vocab_size}; '
                              f'was the dataset prepared with another tokenizer?')
 
-    def gather(self, starts):
-        """Windows that begin at `starts` (B,): inputs and targets, int64 tensors of shape (B, T); a target of -1 does not count."""
+    def fetch(self, starts):
+        """
+        Windows that begin at `starts` (B,): their ids (B, T + 1), int64 tensor, and their targets (B, T), -1 for those that do
+        not count; None instead where all do, since targets are the ids one later.
+        """
         windows = self.windows[starts]
-        self.check(windows)
-        X, Y = windows[:, :-1].astype(np.int64), windows[:, 1:].astype(np.int64) # copies of one piece each, as a GPU wants them
-        if self.lines and self.lines.mark is not None:
-            Y[~mask_targets(windows, self.lines)] = -1
-        if self.mask is not None:
-            Y[self.mask[starts][:, 1:] == 0] = -1
-        return torch.from_numpy(X), torch.from_numpy(Y)
+        if len(self.tokens) > CHECKED:
+            self.check(windows)
+        ids, Y = torch.from_numpy(windows.astype(np.int64)), None
+        if self.masked:
+            Y = ids[:, 1:].clone()
+            if self.lines and self.lines.mark is not None:
+                Y[torch.from_numpy(~mask_targets(windows, self.lines))] = -1
+            if self.mask is not None:
+                Y[torch.from_numpy(self.mask[starts][:, 1:] == 0)] = -1
+        return ids, Y
+
+    def gather(self, starts):
+        """The windows that begin at `starts` (B,): inputs and targets, int64 tensors of shape (B, T); a target of -1 does not count."""
+        return split(*self.fetch(starts))
 
     def train_starts(self, numbers):
         """
@@ -152,19 +170,25 @@ class Loader:
         pin = 'cuda' in device
         numbers, at_a_time = iter(numbers), min(256, max(1, 2**19 // (self.batch_size * self.block_size)))
 
-        def load(numbers):
-            rows = np.array(numbers)[:, None] * self.batch_size + np.arange(self.batch_size)
-            X, Y = (z.view(*rows.shape, -1) for z in self.gather(self.train_starts(rows.ravel())))
-            return (X.pin_memory(), Y.pin_memory()) if pin else (X, Y)
+        def starts():
+            """Where the windows of one batch after the other begin, (batch_size,) each."""
+            while some := list(islice(numbers, 4096)):
+                rows = np.array(some)[:, None] * self.batch_size + np.arange(self.batch_size)
+                yield from self.train_starts(rows.ravel()).reshape(rows.shape)
+
+        def load(batches):
+            """Several batches, one below the other, as fetch() has them; None after the last."""
+            some = list(islice(batches, at_a_time))
+            loaded = self.fetch(np.concatenate(some)) if some else None
+            return tuple(z.pin_memory() if z is not None else z for z in loaded) if loaded and pin else loaded
 
         with ThreadPoolExecutor(1) as thread:
-            submit = lambda numbers: thread.submit(load, numbers) if numbers else None
-            ahead = submit(list(islice(numbers, at_a_time)))
-            while ahead:
-                batches = zip(*ahead.result())
-                ahead = submit(list(islice(numbers, at_a_time)))
-                for X, Y in batches:
-                    yield X.to(device, non_blocking=pin), Y.to(device, non_blocking=pin)
+            batches = starts()
+            ahead = thread.submit(load, batches)
+            while loaded := ahead.result():
+                ahead = thread.submit(load, batches)
+                X, Y = split(*(z.to(device, non_blocking=pin) if z is not None else z for z in loaded))
+                yield from zip(X.split(self.batch_size), Y.split(self.batch_size))
 
     def eval_batches(self, max_batches, rank, world_size, device):
         """
@@ -181,7 +205,7 @@ class Loader:
         for b in range(0, count, world_size * self.batch_size):
             here = starts[b + rank * self.batch_size:][:self.batch_size]
             missing = self.batch_size - len(here)
-            X, Y = self.gather(np.append(here, np.repeat(starts[:1], missing)))
+            X, Y = (z.contiguous() for z in self.gather(np.append(here, np.repeat(starts[:1], missing))))
             if missing:
-                Y = torch.cat([Y[:len(here)], torch.full_like(Y[len(here):], -1)])
+                Y[len(here):] = -1
             yield X.to(device), Y.to(device)
