@@ -61,8 +61,8 @@ def micro_batches(iteration, most, warmup_iters=0):
 
 def deal(iteration, most, warmup_iters, rank, world_size):
     """
-    Numbers of the micro-batches that one process is dealt, from `iteration` on. All get equally many; where
-    they do not divide, the last ones of an iteration are numbers of the next, dealt again then.
+    Numbers of the micro-batches that one process is dealt, from `iteration` on. All get equally many: where an
+    iteration's do not divide, its last round runs into the numbers of the next, which deals them again.
     """
     while True:
         first, count = micro_batches(iteration, most, warmup_iters)
@@ -70,13 +70,8 @@ def deal(iteration, most, warmup_iters, rank, world_size):
         iteration += 1
 
 
-def split(ids, Y=None):
-    """Windows (B, T + 1), and their targets where not all count, as inputs and targets (B, T) each."""
-    return ids[:, :-1], ids[:, 1:] if Y is None else Y
-
-
 class Loader:
-    """One split's tokens, a .bin file of uint16 or what the meta.pkl beside it records, cut into training batches and fixed validation windows."""
+    """A .bin file of token ids (uint16, or what the meta.pkl beside it says), cut into training batches and fixed validation windows."""
 
     def __init__(self, path, block_size, batch_size, vocab_size, seed=1337, lines=None):
         """
@@ -88,13 +83,15 @@ class Loader:
         if not os.path.isfile(path):
             script = os.path.join(folder, 'prepare.py')
             if not os.path.exists(script):
-                there = [os.path.basename(os.path.dirname(name)) for name in sorted(glob.glob(os.path.join(os.path.dirname(folder), '*', 'train.bin')))]
-                script = f'data/text/prepare.py --input=... --dataset={os.path.basename(folder)} (prepared are: {", ".join(there) or "none"})'
+                there = glob.glob(os.path.join(os.path.dirname(folder), '*', 'train.bin'))
+                names = ', '.join(sorted(os.path.basename(os.path.dirname(name)) for name in there)) or 'none'
+                script = f'data/text/prepare.py --input=... --dataset={os.path.basename(folder)} (prepared are: {names})'
             raise FileNotFoundError(f'{path} not found; prepare the dataset first: python {script}')
         dtype = np.dtype(dataset_meta(folder).get('dtype', 'uint16'))
-        count, rest = divmod(os.path.getsize(path), dtype.itemsize)
+        size = os.path.getsize(path)
+        count, rest = divmod(size, dtype.itemsize)
         if rest:
-            raise ValueError(f'{path} has {os.path.getsize(path):,} bytes, so it is no file of {dtype}; prepare the dataset again: python {folder}/prepare.py')
+            raise ValueError(f'{path} has {size:,} bytes, so it is no file of {dtype}; prepare it again: python {folder}/prepare.py')
         if count < block_size + 1:
             raise ValueError(f'{path} has {count:,} tokens, block_size={block_size} needs at least {block_size + 1:,}; lower --block_size')
         self.path, self.block_size, self.batch_size, self.vocab_size, self.seed = path, block_size, batch_size, vocab_size, seed
@@ -102,10 +99,11 @@ class Loader:
         self.windows = np.lib.stride_tricks.sliding_window_view(self.tokens, block_size + 1)  # (N - T, T + 1), a view
         self.check(self.tokens if lines else self.tokens[:CHECKED])  # the rest is checked batch by batch
         self.lines = lines
-        mask = path.removesuffix('.bin') + '.mask' # a byte for each token, whether it counts as a target
-        if os.path.exists(mask) and os.path.getsize(mask) != count:
-            raise ValueError(f'{mask} does not belong to {path}: it has {os.path.getsize(mask):,} tokens, not {count:,}; prepare the dataset again')
-        self.mask = np.lib.stride_tricks.sliding_window_view(np.memmap(mask, dtype=np.uint8, mode='r'), block_size + 1) if os.path.exists(mask) else None
+        mask, self.mask = path.removesuffix('.bin') + '.mask', None # a byte for each token: does it count as a target?
+        if os.path.exists(mask):
+            if os.path.getsize(mask) != count:
+                raise ValueError(f'{mask} is not of {path}: {os.path.getsize(mask):,} tokens, not {count:,}; prepare the dataset again')
+            self.mask = np.lib.stride_tricks.sliding_window_view(np.memmap(mask, dtype=np.uint8, mode='r'), block_size + 1)
         self.masked = self.mask is not None or lines is not None and lines.mark is not None # do some targets not count?
         self.starts = find_starts(self.tokens, lines, block_size) if lines and lines.align else None
         self.targets = batch_size * block_size # how many of a batch count, on average
@@ -118,28 +116,26 @@ class Loader:
     def check(self, ids):
         if ids.max() >= self.vocab_size:
             raise ValueError(f'{self.path} has token id {ids.max()}, but vocab_size is {self.vocab_size}; '
-                             f'was the dataset prepared with another tokenizer?')
-
-    def fetch(self, starts):
-        """
-        Windows that begin at `starts` (B,): their ids (B, T + 1), int64 tensor, and their targets (B, T), -1 for those that do
-        not count; None instead where all do, since targets are the ids one later.
-        """
-        windows = self.windows[starts]
-        if len(self.tokens) > CHECKED:
-            self.check(windows)
-        ids, Y = torch.from_numpy(windows.astype(np.int64)), None
-        if self.masked:
-            Y = ids[:, 1:].clone()
-            if self.lines and self.lines.mark is not None:
-                Y[torch.from_numpy(~mask_targets(windows, self.lines))] = -1
-            if self.mask is not None:
-                Y[torch.from_numpy(self.mask[starts][:, 1:] == 0)] = -1
-        return ids, Y
+                             f'drop --vocab_size, or prepare the dataset again with the tokenizer of these weights')
 
     def gather(self, starts):
         """The windows that begin at `starts` (B,): inputs and targets, int64 tensors of shape (B, T); a target of -1 does not count."""
-        return split(*self.fetch(starts))
+        windows = self.windows[starts]
+        if len(self.tokens) > CHECKED:
+            self.check(windows)
+        X, Y = windows[:, :-1].astype(np.int64), windows[:, 1:].astype(np.int64) # copies of one piece each, as a GPU and .view() want them
+        if self.lines and self.lines.mark is not None:
+            Y[~mask_targets(windows, self.lines)] = -1
+        if self.mask is not None:
+            Y[self.mask[starts][:, 1:] == 0] = -1
+        return torch.from_numpy(X), torch.from_numpy(Y)
+
+    def weigh(self, loss, Y):
+        """The mean loss of a micro-batch with targets Y, so scaled that a target weighs the same in whichever micro-batch it is."""
+        if not self.masked:
+            return loss
+        counting = (Y >= 0).sum()
+        return torch.where(counting > 0, loss, 0.0) * counting / self.targets
 
     def train_starts(self, numbers):
         """
@@ -169,26 +165,26 @@ class Loader:
         """
         pin = 'cuda' in device
         numbers, at_a_time = iter(numbers), min(256, max(1, 2**19 // (self.batch_size * self.block_size)))
+        drawn = max(at_a_time, min(4096, 16 * len(self.tokens) // (self.batch_size * self.block_size))) # some epochs at most: each costs a call
 
         def starts():
             """Where the windows of one batch after the other begin, (batch_size,) each."""
-            while some := list(islice(numbers, 4096)):
+            while some := list(islice(numbers, drawn)):
                 rows = np.array(some)[:, None] * self.batch_size + np.arange(self.batch_size)
                 yield from self.train_starts(rows.ravel()).reshape(rows.shape)
 
         def load(batches):
-            """Several batches, one below the other, as fetch() has them; None after the last."""
+            """Several batches, one below the other; None after the last."""
             some = list(islice(batches, at_a_time))
-            loaded = self.fetch(np.concatenate(some)) if some else None
-            return tuple(z.pin_memory() if z is not None else z for z in loaded) if loaded and pin else loaded
+            loaded = self.gather(np.concatenate(some)) if some else None
+            return [z.pin_memory() for z in loaded] if some and pin else loaded
 
         with ThreadPoolExecutor(1) as thread:
             batches = starts()
             ahead = thread.submit(load, batches)
             while loaded := ahead.result():
                 ahead = thread.submit(load, batches)
-                X, Y = split(*(z.to(device, non_blocking=pin) if z is not None else z for z in loaded))
-                yield from zip(X.split(self.batch_size), Y.split(self.batch_size))
+                yield from zip(*(z.to(device, non_blocking=pin).split(self.batch_size) for z in loaded))
 
     def eval_batches(self, max_batches, rank, world_size, device):
         """
@@ -205,7 +201,7 @@ class Loader:
         for b in range(0, count, world_size * self.batch_size):
             here = starts[b + rank * self.batch_size:][:self.batch_size]
             missing = self.batch_size - len(here)
-            X, Y = (z.contiguous() for z in self.gather(np.append(here, np.repeat(starts[:1], missing))))
-            if missing:
-                Y[len(here):] = -1
-            yield X.to(device), Y.to(device)
+            X, Y = self.gather(np.append(here, np.repeat(starts[:1], missing)))
+            Y[len(here):] = -1
+            pin = 'cuda' in device # from other memory a copy waits for the work before it
+            yield tuple((z.pin_memory() if pin else z).to(device, non_blocking=pin) for z in (X, Y))

@@ -63,6 +63,14 @@ def test_a_batch_depends_on_seed_and_iteration_alone(tmp_path):
     assert not (straight[0][0] == other[0]).all()
 
 
+def test_batches_drawn_many_at_a_time_are_those_drawn_one_by_one(tmp_path):
+    loader = make(tmp_path, n=300, block_size=8, batch_size=4) # 9 batches an epoch
+    for number, (X, Y) in enumerate(loader.train_batches(range(700), 'cpu')):
+        U, V = loader.gather(loader.train_starts(4 * number + np.arange(4)))
+        assert X.equal(U) and Y.equal(V) and X.is_contiguous() and Y.is_contiguous()
+    assert number == 699
+
+
 @pytest.mark.parametrize('world_size', [2, 4])
 def test_any_number_of_processes_sees_the_same_global_batches(tmp_path, world_size):
     loader = make(tmp_path)
