@@ -8,10 +8,13 @@ CONFIG ?= $(if $(DATASET),config/train_text.py,config/train_shakespeare_char.py)
 ARGS ?=
 NGPUS ?=
 # what makes a recipe small enough for a machine without a GPU; where weights are loaded, the sizes are theirs
-OVERLAY ?= $(if $(findstring finetune,$(CONFIG))$(findstring eval,$(CONFIG)),,config/cpu.py)
+OVERLAY ?= $(if $(filter config/finetune_% config/eval_%,$(CONFIG)),,config/cpu.py)
+# and what a recipe takes with one
+GPU_OVERLAY ?=
 
 PY = $(VENV)/bin/python
-GPUS = $$($(PY) -c 'import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else int(torch.backends.mps.is_available()))')
+# those of NVIDIA and AMD; a Mac takes the small size, and trains it on its CPU
+GPUS = $$($(PY) -c 'import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)')
 # config/train_NAME.py, or config/train_NAME_char.py where only that exists; - stands for _
 RECIPE = $(firstword $(wildcard config/train_$(subst -,_,$*).py config/train_$(subst -,_,$*)_char.py) config/train_$(subst -,_,$*).py)
 LINES = calculator reverser wordcalc
@@ -57,7 +60,7 @@ train: install
 	recipe=$$(sed -n "s/^dataset *= *['\"]\([^'\"]*\).*/\1/p" $(CONFIG)); dataset=$(DATASET); dataset=data/$${dataset:-$${recipe:-openwebtext}}; \
 	test -z '$(INPUT)' || $(PY) data/text/prepare.py --input='$(INPUT)' --dataset='$(DATASET)'; \
 	test -f $$dataset/train.bin -a -f $$dataset/val.bin || $(PY) $$dataset/prepare.py; \
-	gpus=$(GPUS); n=$(NGPUS); n=$${n:-$$gpus}; overlay=; test $$gpus -gt 0 || overlay='$(OVERLAY)'; \
+	gpus=$(GPUS); n=$(NGPUS); n=$${n:-$$gpus}; overlay='$(GPU_OVERLAY)'; test $$gpus -gt 0 || overlay='$(OVERLAY)'; \
 	launch='$(PY)'; test $$n -le 1 || launch="$(VENV)/bin/torchrun --standalone --nproc_per_node=$$n"; \
 	set -x; $$launch train.py $(CONFIG) $$overlay $(if $(DATASET),--dataset=$(DATASET) --out_dir=out-$(DATASET)) $(ARGS)
 
@@ -66,7 +69,7 @@ train-%:
 	@$(MAKE) --no-print-directory train CONFIG=$(RECIPE)
 
 $(addprefix train-,$(LINES)): train-%:
-	@$(MAKE) --no-print-directory train CONFIG=$(RECIPE) OVERLAY=config/cpu_lines.py ARGS='config/modern.py $(ARGS)'
+	@$(MAKE) --no-print-directory train CONFIG=$(RECIPE) OVERLAY='config/cpu_lines.py config/modern.py' GPU_OVERLAY=config/modern.py
 
 sample-%: install
 	$(PY) sample.py $(firstword $(wildcard config/sample_$(subst -,_,$*).py) $(RECIPE)) $(ARGS)
@@ -75,7 +78,7 @@ eval-%: install
 	$(PY) eval.py $(RECIPE) $(ARGS)
 
 train-shakespeare:
-	@$(MAKE) --no-print-directory train CONFIG=config/train_shakespeare_char.py ARGS='config/modern.py $(ARGS)'
+	@$(MAKE) --no-print-directory train CONFIG=config/train_shakespeare_char.py OVERLAY='config/cpu.py config/modern.py' GPU_OVERLAY='config/modern.py config/short.py'
 	@$(MAKE) --no-print-directory sample-shakespeare ARGS=
 
 clean:
