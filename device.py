@@ -113,6 +113,8 @@ def cpu_threads(root='/sys'):
 def tune(device):
     """Settings of torch and the C library that cost nothing and help: TF32 on GPUs; on CPUs threads, and no page faults."""
     torch.set_float32_matmul_precision('high') # TF32 where the hardware has it; no effect on CPU
+    if 'cuda' in device:
+        torch.cuda.set_device(device) # what asks for the current GPU means this one
     if 'cpu' in device and sys.platform == 'linux':
         threads = cpu_threads()
         if threads != torch.get_num_threads():

@@ -34,7 +34,7 @@ class KVCache:
     def bias(self, at, held, dtype):
         """What is added to the attention scores of columns `at` (T,) for the columns `held` in the slots (S,)."""
         distance = at[:, None] - held # (T, S)
-        seen = (distance >= 0) & (held >= self.pad[:, None, None]) | (distance == 0) # (B, T, S); empty ones see themselves, not nothing
+        seen = (distance >= 0) & (held >= self.pad[:, None, None]) | (distance == 0) # (B, T, S); an empty column sees itself: a row of -inf alone would give nan
         bias = torch.zeros(seen.shape, device=at.device).masked_fill(~seen, float('-inf'))[:, None]
         if self.config.pos == 'alibi':
             bias = bias - alibi_slopes(self.config.n_head, at.device)[:, None, None] * distance
@@ -46,21 +46,25 @@ class KVCache:
             self.make(k)
         self.k[layer][:, :, self.slots], self.v[layer][:, :, self.slots] = k, v
         S = min(self.size, self.length)
-        return self.k[layer, :, :, :S], self.v[layer, :, :, :S]
+        return self.k[layer][:, :, :S], self.v[layer][:, :, :S]
 
     def make(self, k):
         """Take the memory, for keys like k (B, n_kv_head, T, hs)."""
         B, n_kv_head, _, hs = k.shape
-        self.k, self.v = (k.new_zeros(self.config.n_layer, B, n_kv_head, self.size, hs) for _ in range(2))
+        self.k, self.v = ([k.new_zeros(B, n_kv_head, self.size, hs) for _ in range(self.config.n_layer)] for _ in range(2))
 
     def repeat(self, n):
         """Each sequence n times."""
         if n > 1:
-            self.k, self.v, self.pad = self.k.repeat_interleave(n, 1), self.v.repeat_interleave(n, 1), self.pad.repeat_interleave(n)
+            self.k, self.v = ([kept.repeat_interleave(n, 0) for kept in each] for each in (self.k, self.v))
+            self.pad = self.pad.repeat_interleave(n)
 
 
 class StaticCache(KVCache):
-    """A KVCache whose every step looks the same, so that it can be compiled once and recorded as a CUDA graph: its length is a tensor, all of it is attended to."""
+    """
+    A KVCache whose every step looks the same, so that it can be compiled once and recorded as a CUDA graph: its length is a
+    tensor, and attention goes over the whole of it, what is empty masked.
+    """
 
     def __init__(self, config, size, pad):
         super().__init__(config, size, pad)
@@ -81,12 +85,12 @@ class StaticCache(KVCache):
     def extend(self, layer, k, v):
         if self.k is None:
             self.make(k)
-            self.mark(self.k, self.v)
+            self.mark(*self.k, *self.v)
         return self.k[layer].index_copy_(2, self.slots, k), self.v[layer].index_copy_(2, self.slots, v)
 
     def repeat(self, n):
         super().repeat(n)
-        self.mark(self.k, self.v, self.pad)
+        self.mark(*self.k, *self.v, self.pad)
 
 
 @torch.inference_mode()
@@ -112,24 +116,28 @@ def stream(model, prompts, max_new_tokens, samples=range(1), temperature=1.0, to
     ids = torch.tensor([[0] * (T - len(prompt)) + prompt for prompt in prompts], device=device)
     pad = torch.tensor([T - len(prompt) for prompt in prompts], device=device)
     Cache = KVCache if compiled is None else StaticCache
-    cache = Cache(model.config, block_size if compiled is not None else min(block_size, T + max_new_tokens), pad) if cache is None else cache
+    if cache is None:
+        cache = Cache(model.config, block_size if compiled is not None else min(block_size, T + max_new_tokens), pad)
 
     def forward(ids):
         """The logits of what follows ids (B, T), which are put into the cache."""
         run = model
         if compiled is not None:
             cache.length += ids.size(1)
-            run = compiled if ids.size(1) == 1 and cache.k is not None else model # what is never the same twice is not compiled
+            run = compiled if ids.size(1) == 1 and cache.k is not None else model # prompts differ in length and would recompile
+        ids = ids.clone(memory_format=torch.contiguous_format) # of the same strides each time: no recompilation
         return run(ids, cache=cache)[0][:, -1, :vocab_size].float()
 
     if cache.length < min(T, cache.size):
         logits = forward(ids[:, cache.length:cache.size]) # all prompts at once, each once
-    while cache.length < T: # of a text that goes on, what no longer fits
+    while cache.length < T: # a text that goes on may be longer than the cache: the rest one by one
         logits = forward(ids[:, cache.length:cache.length + 1])
     cache.repeat(len(samples))
     ids, logits, pad = (x.repeat_interleave(len(samples), 0) for x in (ids, logits, pad))
-    draws = torch.rand(B, max_new_tokens) if seed is None else torch.stack([
-        torch.rand(max_new_tokens, generator=torch.Generator().manual_seed((seed * 1_000_003 + n) % 2**63)) for _ in prompts for n in samples])
+    draws = torch.rand(B, max_new_tokens)
+    if seed is not None: # a generator for each sample, the same for every prompt
+        generators = [torch.Generator().manual_seed((seed * 1_000_003 + n) % 2**63) for n in samples]
+        draws = torch.stack([torch.rand(max_new_tokens, generator=g) for g in generators]).repeat(len(prompts), 1) # (B, steps)
     draws = draws.to(device)
     new, ended = [[] for _ in range(B)], [False] * B
     for step in range(max_new_tokens):

@@ -1,6 +1,6 @@
 """
-A GPT language model: blocks, forward pass, optimizer groups; the layers they are made of are in ops.py. With default settings it is GPT-2, down to the
-parameter names: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". What
+A GPT language model: blocks, forward pass, optimizer groups; what they are made of is in ops.py. With GPTConfig's defaults
+it is GPT-2, down to the parameter names: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". What
 has proved itself since is a knob each, off by default; config/modern.py turns on those that pay.
 """
 
@@ -18,12 +18,12 @@ from ops import Linear, alibi_bias, dropout, relu2, rms_norm, rotary_table, rota
 
 @dataclass
 class GPTConfig:
-    block_size: int = 1024
+    block_size: int = 1024 # the longest context
     vocab_size: int = 50304 # GPT-2's 50257, rounded up to a multiple of 64: faster matmuls
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-    dropout: float = 0.0
+    n_layer: int = 12 # blocks
+    n_head: int = 12 # attention heads per block
+    n_embd: int = 768 # width
+    dropout: float = 0.0 # share of activations zeroed in training
     bias: bool = True # True: biases in Linears and LayerNorms, like GPT-2; False: a bit better and faster
     pos: str = 'learned' # 'learned' (wpe), 'rotary' (Su et al. 2021), 'alibi' (Press et al. 2021), 'none'
     norm: str = 'layernorm' # or 'rmsnorm', without weights (Zhang & Sennrich 2019)
@@ -31,11 +31,11 @@ class GPTConfig:
     qk_norm: bool = False # RMSNorm on queries and keys (Henry et al. 2020)
     tie_embeddings: bool = True # one matrix for wte and lm_head (Press & Wolf 2016)
     embed_norm: bool = False # a norm right after the embedding
-    logit_cap: float = 0.0 # bound logits by logit_cap * tanh(logits / logit_cap), 0.0: not
+    logit_cap: float = 0.0 # bound logits by logit_cap * tanh(logits / logit_cap), 0.0: no bound
     n_kv_head: int | None = None # heads of keys and values, shared by groups of queries (Ainslie et al. 2023); None: n_head
     init: str = 'gpt2' # or 'zero_proj': what adds to the residual stream, and an untied head, start at zero
     attn_dropout: float | None = None # dropout on attention weights, None: as dropout
-    lora_rank: int = 0 # to fine-tune: learn corrections of this rank to the blocks' matrices, and nothing else (Hu et al. 2021)
+    lora_rank: int = 0 # to fine-tune: learn corrections of this rank to the blocks' matrices, and nothing else (Hu et al. 2021); 0: everything is learned
 
     def __post_init__(self):
         choices = {'pos': ('learned', 'rotary', 'alibi', 'none'), 'norm': ('layernorm', 'rmsnorm'),
@@ -75,8 +75,8 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head or config.n_head
-        hs = config.n_embd // config.n_head
-        self.c_attn = Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * hs, bias=config.bias, lora_rank=config.lora_rank) # query, key, value of all heads in one
+        qkv = (self.n_head + 2 * self.n_kv_head) * (config.n_embd // config.n_head) # query, key, value of all heads in one
+        self.c_attn = Linear(config.n_embd, qkv, bias=config.bias, lora_rank=config.lora_rank)
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias, lora_rank=config.lora_rank)
         self.qk_norm = config.qk_norm
         self.dropout = config.dropout
@@ -102,7 +102,8 @@ class CausalSelfAttention(nn.Module):
             att = torch.softmax((q @ k.transpose(-2, -1)).float() / math.sqrt(q.size(-1)) + mask, dim=-1) # (B, nh, T, T)
             y = dropout(att, p, self.training).type_as(v) @ v
         else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=p, is_causal=bias is None and extend is None) # (B, nh, T, hs)
+            causal = bias is None and extend is None # a bias holds the mask; a single new token sees all that the cache holds
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=p, is_causal=causal) # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C) # heads side by side
         return dropout(self.c_proj(y), self.dropout, self.training)
 
@@ -190,7 +191,7 @@ class GPT(nn.Module):
         cache: a KVCache (generate.py) that holds what came before idx, and idx too from now on
 
         Returns (logits, loss): with targets the logits of every position (B, T, vocab_size) and the
-        mean cross-entropy in nats (with loss_chunk None for the logits); without, those of the
+        mean cross-entropy in nats (None for the logits with loss_chunk, and in compiled training); without, those of the
         last position only (B, 1, vocab_size) and None.
         """
         B, T = idx.shape
@@ -203,23 +204,29 @@ class GPT(nn.Module):
             assert T <= cfg.block_size, f'sequence of {T} tokens, block_size is {cfg.block_size}'
             x = x + self.transformer.wpe(at if cache is None else (at - cache.pad[:, None]).clamp_min(0))
         elif cfg.pos == 'rotary':
-            table = rotary_table(at, cfg.n_embd // cfg.n_head) # a shift of all columns changes nothing
+            table = rotary_table(at, cfg.n_embd // cfg.n_head) # left padding shifts queries and keys alike, which changes no score
         elif cfg.pos == 'alibi' and cache is None:
-            bias = alibi_bias(T, cfg.n_head, idx.device).to(x.dtype)
+            bias = alibi_bias(T, cfg.n_head, idx.device).to(x.dtype)[None] # of four dimensions, else torch takes its slow kernel
         if cfg.embed_norm:
             x = self.transformer.ln_e(x)
         x = dropout(x, cfg.dropout, self.training)
         for i, block in enumerate(self.transformer.h):
-            extend = partial(cache.extend, i) if cache is not None else None
-            x = checkpoint(block, x, table, bias, use_reentrant=False) if self.gradient_checkpointing and self.training else block(x, table, bias, extend)
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(block, x, table, bias, use_reentrant=False)
+            else:
+                x = block(x, table, bias, partial(cache.extend, i) if cache is not None else None)
         x = self.transformer.ln_f(x)
         if targets is None:
             return self.head(x[:, -1:]), None
         if self.loss_chunk: # logits in pieces that backward recomputes: less memory for one more product with the head
             pieces = zip(x.flatten(0, 1).split(self.loss_chunk), targets.flatten().split(self.loss_chunk))
-            return None, sum(checkpoint(self.loss_sum, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces) / (targets >= 0).sum()
+            sums = [checkpoint(self.loss_sum, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
+            return None, sum(sums) / (targets >= 0).sum()
         logits = self.head(x)
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        if self.training and torch.compiler.is_compiling():
+            logits = None # compiled code would write them, and read a gradient of zeros as large
+        return logits, loss
 
     def head(self, x):
         cap, logits = self.config.logit_cap, self.lm_head(x)
@@ -230,9 +237,10 @@ class GPT(nn.Module):
 
     def crop_block_size(self, block_size):
         """Change the longest context the model takes, for instance of a pretrained GPT-2; learned positions can only be cut."""
-        assert block_size <= self.config.block_size or self.config.pos != 'learned', f'cannot grow block_size from {self.config.block_size} to {block_size}'
-        self.config.block_size = block_size
-        if self.config.pos == 'learned':
+        cfg = self.config
+        assert cfg.pos != 'learned' or block_size <= cfg.block_size, f'cannot grow block_size from {cfg.block_size} to {block_size}'
+        cfg.block_size = block_size
+        if cfg.pos == 'learned':
             wpe = self.transformer.wpe.weight
             self.transformer.wpe.weight = nn.Parameter(wpe[:block_size], requires_grad=wpe.requires_grad)
 
@@ -252,6 +260,7 @@ class GPT(nn.Module):
         return 6 * self.get_num_params() + 12 * cfg.n_layer * cfg.n_embd * cfg.block_size
 
     def generate(self, idx, max_new_tokens, **options):
-        """Continue idx (B, T), each row for itself, by max_new_tokens tokens: (B, T + max_new_tokens). Options as for stream() in generate.py."""
+        """Continue each row of idx (B, T) by max_new_tokens tokens: (B, T + max_new_tokens). Options: those of stream() in generate.py."""
         from generate import stream
-        return torch.cat([idx, torch.stack(list(stream(self, idx.tolist(), max_new_tokens, **options)), dim=1)], dim=1)
+        new = stream(self, idx.tolist(), max_new_tokens, **options)
+        return torch.cat([idx, *(token[:, None] for token in new)], dim=1)

@@ -10,35 +10,37 @@ from ops import fast_bfloat16
 
 
 # odd quintics that bring singular values to 1 fastest, one after the other: the Polar Express, Amsel et al. 2025, arXiv:2505.16932
-QUINTICS = ((8.1566, -22.4833, 15.8788), (4.0429, -2.8089, 0.5000), (3.8917, -2.7725, 0.5061), (3.2858, -2.3681, 0.4645), (2.3465, -1.7098, 0.4232))
+QUINTICS = ((8.1566, -22.4833, 15.8788), (4.0429, -2.8089, 0.5000), (3.8917, -2.7725, 0.5061),
+            (3.2858, -2.3681, 0.4645), (2.3465, -1.7098, 0.4232))
 
 
 def orthogonalize(X, steps=4, dtype=None):
     """
     The orthogonal matrices nearest to X (N, rows, cols), roughly: that many Newton-Schulz steps bring all singular
     values to between 0.4 and 1.6 (four steps; five, to between 0.8 and 1.2, train no better). It needs no
-    precision, so dtype None takes bfloat16 where the hardware has it, else float32.
+    precision, so dtype None takes bfloat16 where the hardware has it, float16 on older GPUs, else float32.
     """
     wide = X.size(1) <= X.size(2)
     X = X if wide else X.mT # the smaller side first: fewer multiplications
     X = X / (1.02 * X.flatten(1).norm(dim=1)[:, None, None] + 1e-7) # a margin for rounding, beyond 1 the first quintic explodes
-    X = X.to(dtype or (torch.bfloat16 if fast_bfloat16(X.device) else torch.float32))
+    fast = torch.bfloat16 if fast_bfloat16(X.device) else torch.float16 if X.device.type == 'cuda' else torch.float32
+    X = X.to(dtype or fast)
     for a, b, c in QUINTICS[:steps]:
         A = X @ X.mT
         X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
     return X if wide else X.mT
 
 
-def shared(X):
+def orthogonalize_together(X):
     """orthogonalize(X), each rank doing its share of the matrices and all getting the whole."""
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     if world_size == 1:
         return orthogonalize(X)
     share = -(-len(X) // world_size)
-    mine = X[dist.get_rank() * share:][:share]
-    mine = torch.cat([orthogonalize(mine), X.new_zeros(share - len(mine), *X.shape[1:])]) if len(mine) < share else orthogonalize(mine)
-    whole = X.new_empty(share * world_size, *X.shape[1:])
-    dist.all_gather_into_tensor(whole, mine.to(X.dtype).contiguous())
+    mine = orthogonalize(X[dist.get_rank() * share:][:share])
+    mine = torch.cat([mine, mine.new_zeros(share - len(mine), *X.shape[1:])])
+    whole = mine.new_empty(share * world_size, *X.shape[1:])
+    getattr(dist, 'all_gather_single', dist.all_gather_into_tensor)(whole, mine) # its name from torch 2.13 on
     return whole[:len(X)]
 
 
@@ -70,10 +72,14 @@ class Muon(torch.optim.AdamW):
 
     def muon_step(self, params, lr, momentum, weight_decay, bad):
         """One step for matrices of the same shape (rows, cols), all at once."""
-        whole = lambda x: x.full_tensor() if hasattr(x, 'full_tensor') else x
-        share = lambda x, p: dist.tensor.distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None) if hasattr(p, 'full_tensor') else x # this rank's
+        sharded = hasattr(params[0], 'full_tensor') # by FSDP2
+        whole = lambda x: x.full_tensor() if sharded else x
+        share = lambda x, p: dist.tensor.distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None) if sharded else x
         grad = torch.stack([whole(p.grad) for p in params]).float() # (N, rows, cols)
-        buffers = [self.state[p].setdefault('momentum_buffer', torch.zeros_like(p.grad, dtype=torch.float32)) for p in params]
+        for p in params:
+            if 'momentum_buffer' not in self.state[p]:
+                self.state[p]['momentum_buffer'] = torch.zeros_like(p.grad, dtype=torch.float32)
+        buffers = [self.state[p]['momentum_buffer'] for p in params]
         buffer = torch.stack([whole(kept) for kept in buffers])
         if bad is not None:
             grad = torch.where(bad > 0, buffer, grad)
@@ -85,7 +91,7 @@ class Muon(torch.optim.AdamW):
         grad = grad.lerp_(buffer, momentum) # Nesterov
         if rows == 3 * cols: # c_attn (without n_kv_head): queries, keys and values each by themselves
             grad = grad.view(-1, cols, cols)
-        update = (shared(grad) * max(1, grad.size(1) / cols) ** 0.5).reshape(-1, rows, cols)
+        update = (orthogonalize_together(grad) * max(1, grad.size(1) / cols) ** 0.5).reshape(-1, rows, cols)
         for p, u in zip(params, update):
             p.mul_(1 - lr * weight_decay).sub_(share(u, p).to(p.dtype) * lr)
             p.grad = None
@@ -110,7 +116,8 @@ def configure(model, rates, weight_decay, learning_rate, betas, device_type):
     matrices = [p for name, p in params.items() if '.h.' in name and p.dim() == 2]
     head = [p for p in params.values() if p is model.lm_head.weight] # which may be wte too
     embeddings = [p for name, p in params.items() if name.endswith('wte.weight') and p is not model.lm_head.weight]
-    positions = [p for name, p in params.items() if name.endswith('wpe.weight')] # at the rate of the tokens they are added to, so that neither drowns the other
+    # at the rate of the tokens they are added to, so that neither drowns the other
+    positions = [p for name, p in params.items() if name.endswith('wpe.weight')]
     vectors = [p for name, p in params.items() if p.dim() < 2]
     groups = [dict(params=matrices, muon=True, momentum=0.95, steps=0, weight_decay=weight_decay, lr_scale=scale(matrix_lr)),
               dict(params=embeddings, weight_decay=0.0, lr_scale=scale(embed_lr)),

@@ -1,10 +1,12 @@
 """
-What model.py and generate.py are made of that torch does not have, or has slower on a CPU: dropout, norm, activation, positions,
-and a Linear that can also be fine-tuned by LoRA, and packed for fast products with few rows. It needs no other file of ours. On other devices, and where torch compiles, the plain formula stands.
+What model.py and generate.py are made of that torch does not have, or computes slowly on a CPU: dropout, norm, activation,
+positions, and a Linear that can be fine-tuned by LoRA or packed for generation. On other devices, and under torch.compile,
+torch's own functions do the same. Imports no other file of ours.
 """
 
 import os
 
+import numpy as np
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
@@ -31,15 +33,16 @@ def fast_bfloat16(device):
     return device.type == 'cpu' and any(test() for test in tests)
 
 
-def spelled_out(x):
-    """Is `x` on a CPU, not being compiled, and are gradients wanted? They are what torch's own formula is slow for."""
+def own_backward(x):
+    """Is our own backward to be used: are gradients wanted, x on a CPU, and nothing compiled? Torch's is slower there."""
     return torch.is_grad_enabled() and x.device.type == 'cpu' and not torch.compiler.is_compiling()
 
 
 def linear(x, weight, bias=None):
     """F.linear, by the faster of torch's libraries: for small products it makes no difference."""
-    if AMD and x.numel() * len(weight) >= 2**28 and spelled_out(x) and x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled('cpu'):
-        return Product.apply(x, weight, bias)
+    if AMD and own_backward(x) and x.numel() * len(weight) >= 2**28: # multiplications
+        if x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled('cpu'):
+            return Product.apply(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
@@ -79,7 +82,7 @@ class Linear(nn.Linear):
             y = linear(x, self.weight, self.bias)
             return y + F.linear(F.linear(x, self.lora_a), self.lora_b) if self.lora_rank else y
         rows = x.numel() // x.size(-1)
-        if self.scale is not None and rows > 16: # are not worth a kernel for 8 bits
+        if self.scale is not None and rows > 16: # for so many the kernel for 8 bits does not pay
             return F.linear(x, self.packed * self.scale[:, None], self.bias)
         if self.blocks is not None and rows == 1:
             y = torch.bmm(self.blocks, x.view(1, -1).t().expand(len(self.blocks), -1, -1)) # this order of strides is the fast one
@@ -103,18 +106,18 @@ def pack(model, rows=1, int8=False):
     for module in model.modules():
         if not isinstance(module, Linear) or module.weight.numel() < 2**18: # small ones do not repay a longer call
             continue
-        weight = module.weight.detach()
+        weight, dtype = module.weight.detach(), module.weight.dtype
         if int8:
             module.scale = (weight.abs().amax(1).float() / 127).clamp_min(1e-30).to(weight.dtype)
             module.packed = (weight.float() / module.scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
-        elif torch.backends.mkldnn.is_available() and (weight.dtype == torch.float32 or weight.dtype == torch.bfloat16 and fast_bfloat16('cpu')):
+        elif torch.backends.mkldnn.is_available() and (dtype == torch.float32 or dtype == torch.bfloat16 and fast_bfloat16('cpu')):
             size = max(n for n in range(1, 33) if len(weight) % n == 0)
-            if rows == 1 and weight.dtype == torch.float32 and torch.backends.mkl.is_available() and size > 3:
+            if rows == 1 and dtype == torch.float32 and torch.backends.mkl.is_available() and size > 3:
                 module.packed, module.blocks = weight, weight.view(-1, size, weight.size(1))
             else:
                 module.packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-        if module.packed is not None:
-            module.weight = nn.Parameter(weight.new_empty(0, weight.size(1)), requires_grad=False) # frees what was copied; the embedding keeps what it shares
+        if module.packed is not None: # free what was copied; a tied embedding keeps its own hold on it
+            module.weight = nn.Parameter(weight.new_empty(0, weight.size(1)), requires_grad=False)
 
 
 def dropout(x, p, training):
@@ -126,26 +129,32 @@ def dropout(x, p, training):
     """
     if not training or p == 0.0:
         return x
-    if not spelled_out(x):
+    if not own_backward(x):
         return F.dropout(x, p)
-    cut = round(p * 65536) # p in steps of 1/65536
+    cut = min(65535, round(p * 65536)) # p in steps of 1/65536
     bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-2**63, None)
     keep = torch.empty(x.shape, dtype=torch.bool)
     torch.ge(bits.view(torch.int16)[:x.numel()].view(x.shape), cut - 32768, out=keep)
     return x * keep * (65536 / (65536 - cut))
 
 
+def seed_dropout(seed, iteration, number):
+    """Make the dropout of micro-batch `number` of an iteration a function of these three, whatever was drawn before."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, iteration, number)).generate_state(1)[0]))
+
+
 def rms_norm(x):
     """x over the root of its mean square in the last dimension (Zhang & Sennrich 2019)."""
-    return RMSNorm.apply(x) if spelled_out(x) else F.rms_norm(x, (x.size(-1),), eps=1e-6)
+    return RMSNormFunction.apply(x) if own_backward(x) else F.rms_norm(x, (x.size(-1),), eps=1e-6)
 
 
-class RMSNorm(torch.autograd.Function):
+class RMSNormFunction(torch.autograd.Function):
     """Backward in four operations; torch's takes three times as long (0.35 against 1.4 ms for queries and keys of a small network)."""
 
     @staticmethod
     def forward(ctx, x):
-        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_().div_(x.size(-1)).add_(1e-6).rsqrt_().to(x.dtype)
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_() # summed over the row
+        scale = square.div_(x.size(-1)).add_(1e-6).rsqrt_().to(x.dtype)
         y = x * scale
         ctx.save_for_backward(y, scale)
         return y
@@ -159,7 +168,10 @@ class RMSNorm(torch.autograd.Function):
 
 def relu2(x):
     """max(x, 0) squared (So et al. 2021)."""
-    return ReLU2.apply(x) if spelled_out(x) else F.relu(x).square()
+    if own_backward(x):
+        return ReLU2.apply(x)
+    x = F.relu(x)
+    return x * x # .square() would be float32 in CUDA's autocast
 
 
 class ReLU2(torch.autograd.Function):
@@ -187,7 +199,7 @@ def rotary_table(at, hs):
 def rotate(x, cos, sin):
     """Turn x (B, nh, T, hs) by its positions."""
     cos, sin = cos.type_as(x), sin.type_as(x)
-    return Rotation.apply(x, cos, sin) if spelled_out(x) else x * cos + x.roll(x.size(-1) // 2, -1) * sin
+    return Rotation.apply(x, cos, sin) if own_backward(x) else x * cos + x.roll(x.size(-1) // 2, -1) * sin
 
 
 class Rotation(torch.autograd.Function):

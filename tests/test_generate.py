@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from generate import KVCache, pick, stream
+from generate import KVCache, StaticCache, pick, stream
 from model import GPT, GPTConfig
 from ops import pack
 
@@ -230,3 +230,22 @@ def test_compiled_steps_are_compiled_once_and_give_the_same_tokens(knobs):
     with torch._dynamo.config.patch(error_on_recompile=True):
         got = torch.stack(list(stream(model, prompts, 24, temperature=0, stride=4, compiled=compiled)))
     assert got.equal(want)
+
+
+@pytest.mark.parametrize('knobs', [dict(pos='alibi', n_kv_head=2), KNOBS[-1]])
+def test_a_compiled_chat_is_compiled_once(knobs):
+    """In pieces of any length, and token by token where they no longer fit."""
+    torch.compiler.reset()
+    model = random_model(**knobs)
+    compiled, text = torch.compile(model, backend='eager', fullgraph=True, dynamic=False), [3]
+    caches = [Cache(model.config, model.config.block_size, torch.zeros(1, dtype=torch.int64)) for Cache in (KVCache, StaticCache)]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for n in (1, 2, 9, 7, 1, 5):
+            text += torch.randint(29, (n,)).tolist()
+            plain, ours = (torch.cat(list(stream(model, [text], 3, temperature=0, cache=cache, compiled=run))) for cache, run in zip(caches, (None, compiled)))
+            assert ours.equal(plain)
+            text += plain.tolist()
+
+
+def test_nothing_to_generate_is_nothing_generated():
+    assert random_model().generate(torch.tensor([[1, 2]]), 0).tolist() == [[1, 2]]
