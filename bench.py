@@ -13,7 +13,7 @@ $ python bench.py config/train_gpt2.py --mode=growth --png=growth.png           
 $ python bench.py config/train_gpt2.py --mode=project --tokens=2.4e9                      # on 8, 64 and 1024 GPUs: arithmetic, not measured
 """
 
-from configurator import above, at_least, at_most, configure, fit, one_of, read_flag, read_knobs
+from configurator import above, at_least, at_most, configure, fit, one_of, read_flag, read_knobs, writable
 
 # -----------------------------------------------------------------------------
 # what to time
@@ -21,7 +21,7 @@ mode = 'train' # or 'generate', 'data', 'optimizer', 'growth', 'project'
 steps = 20 # measured steps; the figures are medians over them
 warmup_steps = 5 # unmeasured ones before
 real_data = True # False: random tokens, so that nothing need be prepared
-compare = '' # in turn with ours, some of: 'transformers' (its GPT-2), the path of a model.py with GPT and GPTConfig, --KNOB=VALUE of the network or the optimizer
+compare = '' # in turn with ours: 'transformers' (its GPT-2), the path of a model.py, or --KNOB=VALUE of the network or optimizer; or several
 json = '' # also write the figures into this file
 guards = False # True: also alternate steps with and without train.py's checks for bad gradients, signals, and its log
 profile = False # True: also write trace.json with torch's profiler, for chrome://tracing
@@ -88,17 +88,15 @@ at_least(config, 0, 'warmup_steps', 'gpu_hour', 'loss_chunk', 'seed')
 at_most(config, 2**63 - 1, 'seed')
 above(config, 0, 'tokens', 'tokens_per_iter', 'mfu', 'peak_tflops', 'nvlink', 'network')
 one_of(config, optimizer=('adamw', 'muon'), mode=('train', 'generate', 'data', 'optimizer', 'growth', 'project'))
-for path in filter(None, (json, png)): # before minutes are spent
-    if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or '.'):
-        raise ValueError(f'{path!r} must be a file in a folder that is there')
+writable(config, 'json', 'png')
 if not all(type(n) is int and n > 0 for n in gpus):
     raise ValueError(f'gpus={gpus} must be numbers of at least 1')
 rivals = [compare] if os.path.exists(compare) else compare.split()
 device, dtype, compile = resolve(device, dtype, compile)
 kind = device.partition(':')[0] # 'cuda' of 'cuda:0'
-if kind == 'cuda':
-    torch.cuda.set_device(device) # clock() waits for this one
 tune(device)
+if compile:
+    torch._dynamo.config.recompile_limit = 64 # several networks, each compiled once
 torch.manual_seed(seed)
 ctx = autocast(device, dtype)
 data_dir = os.path.join('data', dataset)
@@ -152,7 +150,8 @@ def matvec_ceiling(size=2**26, repeats=20):
     """Bytes/s at which a matrix that no cache holds is multiplied by a vector: torch's own way, and the fastest of ours on two shapes."""
     speeds = []
     for rows in (8192, 65536):
-        layer, x = Linear(size // rows, rows, bias=False, device=device, dtype=DTYPES[dtype]), torch.randn(1, size // rows, device=device).to(DTYPES[dtype])
+        layer = Linear(size // rows, rows, bias=False, device=device, dtype=DTYPES[dtype])
+        x = torch.randn(1, size // rows, device=device).to(DTYPES[dtype])
         own = layer.weight.detach()
         if device == 'cpu':
             pack(layer)
@@ -169,7 +168,9 @@ def make_model(**others):
 
 def make_optimizer(model, which=optimizer):
     settings = 0.1, 1e-4, (0.9, 0.95), kind # the time of a step does not depend on them
-    return model.configure_optimizers(*settings) if which == 'adamw' else muon.configure(model, dict.fromkeys(('matrix_lr', 'embed_lr', 'head_lr')), *settings)
+    if which == 'adamw':
+        return model.configure_optimizers(*settings)
+    return muon.configure(model, dict.fromkeys(('matrix_lr', 'embed_lr', 'head_lr')), *settings)
 
 def transformers_gpt2():
     """transformers' GPT-2 of the same shape, with random weights; a ValueError for networks that are not GPT-2's (but for biases)."""
@@ -180,16 +181,17 @@ def transformers_gpt2():
     if not bias:
         print('transformers has biases, ours with --bias=True too')
     from transformers import GPT2Config, GPT2LMHeadModel
+    sizes = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, n_positions=block_size, vocab_size=vocab_size)
     drop = dict.fromkeys(('resid_pdrop', 'embd_pdrop', 'attn_pdrop'), dropout)
-    return GPT2LMHeadModel(GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd, n_positions=block_size, vocab_size=vocab_size, bos_token_id=0, eos_token_id=None, **drop))
+    return GPT2LMHeadModel(GPT2Config(**sizes, **drop, bos_token_id=0, eos_token_id=None))
 
 class Trainer:
     """A model and its optimizer; called with a batch (X, Y) it trains one step as train.py does."""
 
     def __init__(self, model, optimizer, forward=None):
-        self.raw_model, self.optimizer = model.to(device).train(), optimizer
-        self.model = torch.compile(model, dynamic=False) if compile else model
-        self.forward = forward or (lambda model, X, Y: model(X, Y)[1])
+        self.model, self.optimizer = model.to(device).train(), optimizer
+        forward = forward or (lambda model, X, Y: model(X, Y)[1])
+        self.forward = torch.compile(forward, dynamic=False) if compile else forward # whoever's network, its loss is compiled with it
         self.scaler = torch.amp.GradScaler(enabled=dtype == 'float16')
         self.bad_in_row, self.clipped = torch.zeros(2, device=device)
 
@@ -204,7 +206,7 @@ class Trainer:
         self.scaler.scale(loss).backward()
         ticks.append(clock())
         self.scaler.unscale_(self.optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.raw_model.parameters(), 1.0)
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         if log:
             bad = (~grad_norm.isfinite()).float()
             self.bad_in_row, self.clipped = (self.bad_in_row + 1) * bad, self.clipped + (grad_norm > 1.0)
@@ -297,13 +299,15 @@ def bench_train():
         with tempfile.TemporaryDirectory() as folder:
             log = RunLog(folder, config, quiet=False)
             log.bar.disable = True
-            plain, guarded = map(median, in_turn({'plain': lambda: us(*next(batches)), 'guarded': lambda: us(*next(batches), log=log)}, steps).values())
+            both = {'plain': lambda: us(*next(batches)), 'guarded': lambda: us(*next(batches), log=log)}
+            plain, guarded = map(median, in_turn(both, steps).values())
         report('guards', (guarded - plain) * 1000, 'ms', f'{guarded / plain - 1:+.2%} of {plain * 1000:.2f} ms, medians of {steps} steps in turn')
     if profile:
         with torch.profiler.profile() as trace:
             us(*next(batches))
         trace.export_chrome_trace('trace.json')
-        print(trace.key_averages().table(sort_by='self_cpu_time_total' if kind == 'cpu' else 'self_device_time_total', row_limit=12, max_name_column_width=40))
+        order = 'self_cpu_time_total' if kind == 'cpu' else 'self_device_time_total'
+        print(trace.key_averages().table(sort_by=order, row_limit=12, max_name_column_width=40))
         print('wrote trace.json; open it in chrome://tracing or ui.perfetto.dev')
 
 def bench_generate():
@@ -320,7 +324,8 @@ def bench_generate():
         models['int8'] = make_model().bfloat16().eval()
         pack(models['int8'], int8=True)
     prompt, num_params = torch.randint(vocab_size, (1, prompt_tokens), device=device), models['plain'].get_num_params()
-    made = lambda B, name=None, **options: list(stream(models.get(name or B, models['plain']), prompt.tolist(), new_tokens, range(B), temperature=0, **options))
+    def made(B, name=None, **options):
+        return list(stream(models.get(name or B, models['plain']), prompt.tolist(), new_tokens, range(B), temperature=0, **options))
     runs = {'flatgpt, batch 1': lambda: made(1), 'flatgpt, batch 16': lambda: made(16)}
     if device == 'cpu':
         runs['flatgpt, int8, batch 1'] = lambda: made(1, 'int8')
@@ -343,7 +348,8 @@ def bench_generate():
     read = num_params * DTYPES[dtype].itemsize
     own, best = map(median, zip(*bandwidths[1:]))
     print(f'{describe(models["plain"])}; {prompt_tokens} tokens of prompt, {new_tokens} new ones')
-    report('ceiling of batch 1', best / read, 'tokens/s', f'a matrix times a vector: {best / 1e9:.1f} GB/s; by torch.mv {own / 1e9:.1f} GB/s, {own / read:.1f} tokens/s', 1)
+    note = f'a matrix times a vector: {best / 1e9:.1f} GB/s; by torch.mv {own / 1e9:.1f} GB/s, {own / read:.1f} tokens/s'
+    report('ceiling of batch 1', best / read, 'tokens/s', note, 1)
     for name in runs:
         B = int(name.split()[-1])
         speeds = [B * new_tokens / each for each in taken[name]]
@@ -374,7 +380,8 @@ def bench_data(number=500):
         size = number * batch_size * block_size
         ceiling = copy_ceiling('cpu') / 18 # of a token two bytes are read and twice eight are written
         for name, each in taken.items():
-            report(name, size / median(each) / 1e6, 'M tokens/s', f'{spread([t / number for t in each], 1e6, 0)} us a batch, {size / median(each) / ceiling:.0%} of copying', 1)
+            note = f'{spread([t / number for t in each], 1e6, 0)} us a batch, {size / median(each) / ceiling:.0%} of copying'
+            report(name, size / median(each) / 1e6, 'M tokens/s', note, 1)
         report('ratio', median(taken['a window at a time']) / median(taken['flatgpt']), 'times')
         del loader # lets go of the file
 
@@ -384,7 +391,8 @@ def bench_optimizer():
     params, matrices = list(model.parameters()), [p for name, p in model.named_parameters() if '.h.' in name and p.dim() == 2]
     rows = {'AdamW, fused': (params, make_optimizer(model, 'adamw')), "AdamW, torch's default": (params, torch.optim.AdamW(params)),
             'Muon, matrices of the blocks': (matrices, muon.Muon([dict(params=matrices, muon=True, momentum=0.95, steps=0)], fused=False)),
-            'torch.optim.Muon': (matrices, torch.optim.Muon(matrices)), 'torch.optim.Muon, four steps as ours': (matrices, torch.optim.Muon(matrices, ns_steps=4))}
+            'torch.optim.Muon': (matrices, torch.optim.Muon(matrices)),
+            'torch.optim.Muon, four steps as ours': (matrices, torch.optim.Muon(matrices, ns_steps=4))}
     grads = {p: torch.randn_like(p) for p in params}
     taken = {name: [] for name in rows}
     for i in range(warmup_steps + steps):
@@ -394,7 +402,8 @@ def bench_optimizer():
             taken[name].append(seconds(each.step))
             each.zero_grad()
     taken = {name: each[warmup_steps:] for name, each in taken.items()}
-    memory, products = copy_ceiling(), matmul_ceiling(torch.bfloat16 if fast_bfloat16(device) else torch.float32) # what Muon takes
+    taken_by_muon = torch.bfloat16 if fast_bfloat16(device) else torch.float16 if kind == 'cuda' else torch.float32
+    memory, products = copy_ceiling(), matmul_ceiling(taken_by_muon)
     print(f'{describe(model)}, {sum(p.numel() for p in matrices) / 1e6:.2f}M of them in matrices of the blocks')
     flops = 0
     for p in matrices: # queries, keys and values are three matrices in one
@@ -424,7 +433,8 @@ def bench_growth():
         print(f'{describe(model)}; a step of {batch_size} sequences of {block_size} tokens, by the length of the data (zeros, which no disk holds)')
         taken = in_turn({name: lambda batches=batches: us(*next(batches)) for name, batches in loaders.items()}, steps)
         for name, each in taken.items():
-            report(name, median(each) / batch_size / block_size * 1e6, 'us/token', f'{median(each) / median(taken["1M tokens"]):.3f} of the first, {spread(each)} ms')
+            note = f'{median(each) / median(taken["1M tokens"]):.3f} of the first, {spread(each)} ms'
+            report(name, median(each) / batch_size / block_size * 1e6, 'us/token', note)
         by_data = [figures[name]['value'] for name in taken]
         loaders.clear()
     print(f'the same, {most} tokens a step, by the length of the context')
@@ -436,7 +446,8 @@ def bench_growth():
         taken[T], flops[T] = in_turn({'': lambda: us(X, Y)}, steps)[''], model.flops_per_token()
         per_token = median(taken[T]) / batch_size / T
         rate, first = per_token / flops[T], median(taken[256]) / (most // 256 * 256) / flops[256]
-        report(f'T = {T}', per_token * 1e6, 'us/token', f'{flops[T] / flops[256]:.2f} of the work, {rate / first:.2f} of the time for it, {spread(taken[T])} ms')
+        note = f'{flops[T] / flops[256]:.2f} of the work, {rate / first:.2f} of the time for it, {spread(taken[T])} ms'
+        report(f'T = {T}', per_token * 1e6, 'us/token', note)
     if png:
         import matplotlib
         matplotlib.use('Agg')
@@ -446,7 +457,7 @@ def bench_growth():
         axes[1].plot(list(taken), [figures[f'T = {T}']['value'] for T in taken], marker='.', label='measured')
         axes[1].plot(list(taken), [figures['T = 256']['value'] * flops[T] / flops[256] for T in taken], linestyle='--', label='as the work grows')
         for axis, label in zip(axes, ('tokens of data', 'tokens of context')):
-            axis.set(xscale='log', xlabel=label, ylim=(0, None))
+            axis.set(xscale='log', xlabel=label, ylim=(0, 1.1 * axis.dataLim.y1)) # from zero: a share is to be seen as one
             axis.grid(alpha=0.3)
         axes[0].set_ylabel(f'microseconds a token ({device}, {dtype})')
         axes[1].legend()
@@ -477,5 +488,6 @@ def project():
 if json:
     machine = torch.cuda.get_device_name(device) if kind == 'cuda' else f'{torch.get_num_threads()} threads'
     with open(json, 'w', encoding='utf-8') as f:
-        dump(dict(command=shlex.join(['python', *sys.argv]), device=device, machine=machine, dtype=dtype, compiled=compile, torch=torch.__version__, knobs=config, figures=figures), f, indent=1)
+        dump(dict(command=shlex.join(['python', *sys.argv]), device=device, machine=machine, dtype=dtype, compiled=compile,
+                  torch=torch.__version__, knobs=config, figures=figures), f, indent=1)
     print(f'wrote {json}')

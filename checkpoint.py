@@ -16,7 +16,7 @@ from dataclasses import replace
 
 import torch
 
-from data.tokenizer import check_meta, dataset_meta, write_whole
+from data.tokenizer import check_meta, dataset_meta, same_tokenizer, write_whole
 from model import GPT, GPTConfig
 from parallel import agree, any_rank, shard_like
 from runlog import say
@@ -44,11 +44,13 @@ def save(path, checkpoint, optimizer_state=None, keep=1):
             os.remove(os.path.join(folder, 'best.pt')) # an earlier run's, or no longer the best
         for old in glob.glob(os.path.join(glob.escape(folder), '*.pt.old')):
             os.remove(old)
-        numbered = [re.fullmatch(r'(ckpt|optimizer)-(\d+(-\d+)?)\.pt(\.partial)?', name) for name in os.listdir(folder)] # a copy by another name is the user's
-        history = sorted([found for found in numbered if found and found[1] == 'ckpt'], key=lambda found: os.path.getmtime(os.path.join(folder, found[0])))
+        ours = r'(ckpt|optimizer)-(\d+(-\d+)?)\.pt(\.partial)?' # a copy by another name is the user's
+        numbered = [found for found in (re.fullmatch(ours, name) for name in os.listdir(folder)) if found]
+        age = lambda found: os.path.getmtime(os.path.join(folder, found[0]))
+        history = sorted([found for found in numbered if found[1] == 'ckpt'], key=age)
         kept = {stem} | {found[2] for found in history[1 - keep:] if keep > 1}
         for found in numbered:
-            if found and found[2] not in kept:
+            if found[2] not in kept:
                 os.remove(os.path.join(folder, found[0]))
         if keep > 1: # a copy, not a link: who copies an older one over ckpt.pt must not write into this one
             with open(path, 'rb') as f:
@@ -57,13 +59,14 @@ def save(path, checkpoint, optimizer_state=None, keep=1):
         say(f'{folder}: {e.strerror or e}; older checkpoints stay as they are')
 
 
-def try_save(*args):
-    """save(*args), and what went wrong as text, '' if nothing did."""
+def try_save(path, checkpoint, *args):
+    """save(), and whether the disk took it; if not one line says so, and what was saved last is still whole."""
     try:
-        save(*args)
-        return ''
+        save(path, checkpoint, *args)
+        return True
     except OSError as e:
-        return str(e)
+        say(f'iteration {checkpoint["iter_num"]}: {e}; training goes on, the next save tries again')
+        return False
 
 
 def set_aside(folder):
@@ -72,7 +75,8 @@ def set_aside(folder):
     for path in found:
         os.replace(path, path + '.old')
     if found:
-        say(f'{folder} holds an earlier run: its log is replaced now, its checkpoint (now {os.path.basename(found[0])}.old) at the first save; --init_from=resume goes on with a run')
+        say(f'{folder} holds an earlier run: its log is replaced now, its checkpoint (now {os.path.basename(found[0])}.old) at the first save; '
+            '--init_from=resume goes on with a run')
 
 
 def write(path, content):
@@ -95,7 +99,8 @@ def read(path):
                 raise zipfile.BadZipFile(f'checksum of {damaged}')
         return torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError as e:
-        raise FileNotFoundError(f'{path} not found; train first, or name what is there: --out_dir=... or --init_from=...') from e
+        raise FileNotFoundError(f'{path} not found; train first, or name what is there: --out_dir=... or --init_from=... '
+                                '(on the hub: gpt2-xl or owner/name)') from e
     except Exception as e: # a damaged file raises RuntimeError, UnpicklingError, EOFError, KeyError, OSError of a bad offset, ...
         if isinstance(e, MemoryError) or 'allocate memory' in str(e):
             raise OSError(f'cannot read {path}: not enough memory') from e
@@ -196,13 +201,19 @@ def build_model(checkpoint, dropout=0.0, attn_dropout=None):
 
 def asked_sizes(config, given):
     """
-    The knobs of the network that files and flags set. A flag's d_model takes the place of a file's n_embd, a flag's
-    d_head that of a file's n_head; given: {name: '--name=value' or 'file:line'}.
+    The knobs of the network that files and flags set; given: {name: '--name=value' or 'file:line'}, in the order in which they
+    were set last. Of two words for one size, from two files or a file and a flag, the later counts; flags for n_head and d_head
+    together take the place of a file's width.
     """
     asked = {name: config[name] for name in (*GPTConfig.__dataclass_fields__, 'd_head', 'd_model') if name in given}
-    for word, other in (('d_model', 'n_embd'), ('d_head', 'n_head')):
-        if given.get(word, '').startswith('--') and not given.get(other, '--').startswith('--'):
-            del asked[other]
+    asked = {name: value for name, value in asked.items() if value is not None or name not in ('d_head', 'd_model')} # None is not asked
+    order, flags = list(given), {name for name in asked if given[name].startswith('--')}
+    origin = lambda name: '--' if name in flags else given[name].rpartition(':')[0]
+    for pair in (('d_model', 'n_embd'), ('d_head', 'n_head')):
+        if asked.keys() >= set(pair) and origin(pair[0]) != origin(pair[1]):
+            del asked[min(pair, key=order.index)]
+    if flags >= {'n_head', 'd_head'}:
+        asked = {name: value for name, value in asked.items() if name not in ('n_embd', 'd_model') or name in flags}
     return asked
 
 
@@ -224,12 +235,20 @@ def resolve_sizes(asked, default=(12, 768)):
         if n_embd % d_head:
             raise ValueError(f'n_embd={n_embd} must be divisible by d_head={d_head}: {n_embd} / {d_head} = {n_embd / d_head:.2f}')
         if n_head is not None and n_head * d_head != n_embd:
-            raise ValueError(f'n_head={n_head} x d_head={d_head} = {n_head * d_head}, but n_embd={n_embd}')
+            raise ValueError(f'n_head={n_head} x d_head={d_head} = {n_head * d_head}, but n_embd={n_embd}; leave one of the three out')
         n_head = n_embd // d_head
     return (n_head if n_head is not None else default[0]), (n_embd if n_embd is not None else default[1])
 
 
-def fit_sizes(model, asked, source):
+def check_tokenizer(checkpoint, source, data_dir):
+    """Refuse weights from `source` that were trained with another tokenizer than that of the dataset in data_dir."""
+    theirs, meta = checkpoint.get('meta'), dataset_meta(data_dir)
+    if theirs and os.path.exists(os.path.join(data_dir, 'train.bin')) and not same_tokenizer(theirs, meta):
+        raise ValueError(f'{source}: the weights were trained with another tokenizer than that of {data_dir}; prepare the text with theirs: '
+                         f'python data/text/prepare.py --input=... --tokenizer={source} --dataset=...')
+
+
+def fit_sizes(model, asked, source, given):
     """
     Give `model` the block_size that flags ask for (`asked`, a dict of knobs); refuse what they ask for and the
     weights from `source` do not have.
@@ -239,8 +258,11 @@ def fit_sizes(model, asked, source):
     free = ('block_size', 'd_head', 'd_model', 'dropout', 'attn_dropout', 'init')
     for name, value in {**asked, 'n_head': n_head, 'n_embd': n_embd}.items():
         if name not in free and value != getattr(theirs, name):
-            raise ValueError(f'{source}: the weights have {name}={getattr(theirs, name)}, you ask for {value}; '
-                             f'drop --{name}, or start anew with --init_from=scratch')
+            words = {'n_head': ('n_head', 'd_head'), 'n_embd': ('n_embd', 'd_model', 'd_head')}.get(name, (name,))
+            asker = next(given[word] for word in words if word in asked)
+            way = f'add --{name}={getattr(theirs, name)}' if name in asked else f'drop {asker}'
+            raise ValueError(f'{source}: the weights have {name}={getattr(theirs, name)}, you ask for {value} ({asker}); {way}, '
+                             'or start anew with --init_from=scratch')
     block_size = asked.get('block_size', theirs.block_size)
     if block_size > theirs.block_size and theirs.pos == 'learned':
         raise ValueError(f'{source}: the weights have block_size={theirs.block_size}, you ask for {block_size}; lower --block_size')
@@ -294,7 +316,7 @@ def made_by(config, path):
         return False
     checkpoint = load(path)
     theirs = checkpoint.get('config', {}) # sizes stand there as they turned out
-    return all(theirs.get(name) == value for name, value in config.items() if name not in checkpoint['model_args'])
+    return all(theirs.get(name) == value for name, value in config.items() if name not in {*checkpoint['model_args'], 'd_head', 'd_model'})
 
 
 def load_optimizer(optimizer, scaler, checkpoint):
@@ -319,4 +341,5 @@ def load_optimizer(optimizer, scaler, checkpoint):
         if state.get('scaler'): # empty unless float16
             scaler.load_state_dict(state['scaler'])
     except (KeyError, ValueError, TypeError, IndexError, AttributeError) as e:
-        raise ValueError(f'{checkpoint["path"]}: its optimizer state does not fit this model ({e})') from e
+        raise ValueError(f'{checkpoint["path"]}: its optimizer state does not fit this model ({e}); resume with the --optimizer and the sizes '
+                         f'of the run, or fine-tune from it: --init_from={checkpoint["path"]}') from e

@@ -67,9 +67,14 @@ def configure(ns, model=None, also=(), own=()):
     knobs = read_knobs(ns['__file__'], ns)
     for name, knob in read_knobs(os.path.join(os.path.dirname(__file__), model)).items() if model else ():
         if name not in knobs:
-            knobs[name], ns[name] = knob, ast.literal_eval(knob.default)
-    passed_over = {name: ast.literal_eval(knob.default) for script in also
-                   for name, knob in read_knobs(os.path.join(os.path.dirname(__file__), script)).items() if name not in knobs}
+            knobs[name], ns[name] = knob, default_of(knob, {})
+            if ns[name] is None and 'None' not in knob.types:
+                fail(f'{name} in {model.partition(":")[0]}: its default {knob.default} must be a plain value')
+    passed_over = {}
+    for script in also:
+        for name, knob in read_knobs(os.path.join(os.path.dirname(__file__), script)).items():
+            if name not in knobs:
+                passed_over[name] = default_of(knob, passed_over)
     if {'-h', '--help'} & set(sys.argv[1:]):
         print_help(ns, knobs)
         raise SystemExit(0)
@@ -78,11 +83,12 @@ def configure(ns, model=None, also=(), own=()):
         if arg.startswith('-'):
             settings = read_flag(arg, knobs)
         else:
-            scope = {**passed_over, **{name: ns[name] for name in knobs}} # a file may reckon with what was said before it
+            scope = {**passed_over, **{name: ns[name] for name in knobs}} # a file may compute from what was set before it
             settings = run_file(arg, scope, knobs, passed_over, own)
             passed_over = {name: scope[name] for name in passed_over}
         for name, (value, where) in settings.items():
             ns[name] = fit(knobs[name], value, where)
+            given.pop(name, None) # so that `given` is in the order of what was set last
             given[name] = where
     return {name: ns[name] for name in knobs}, given
 
@@ -115,6 +121,13 @@ def below(config, limit, *names):
             raise ValueError(f'{name}={config[name]} must be less than {limit}')
 
 
+def writable(config, *names):
+    """Refuse paths of files to write, unless empty, whose folder is not there; before minutes are spent on what goes into them."""
+    for name in names:
+        if config[name] and (os.path.isdir(config[name]) or not os.path.isdir(os.path.dirname(config[name]) or '.')):
+            raise ValueError(f'{name}={config[name]!r} must be a file in a folder that is there')
+
+
 def one_of(config, **choices):
     """Refuse knobs that are none of their choices."""
     for name, words in choices.items():
@@ -143,7 +156,7 @@ def read_knobs(path, ns=None):
             break
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             name = node.targets[0].id
-            kinds = (type(ns[name]).__name__,) if ns else ()
+            kinds = (type(ns[name]).__name__.replace('NoneType', 'None').replace('tuple', 'list'),) if ns else ()
         elif isinstance(node, ast.AnnAssign):
             name = node.target.id
             kinds = tuple(kind.strip() for kind in ast.unparse(node.annotation).split('|'))
@@ -155,6 +168,14 @@ def read_knobs(path, ns=None):
         section = next((headings[row] for row in sorted(headings, reverse=True) if row < node.lineno and headings[row]), '')
         knobs[name] = Knob(name, kinds, ast.unparse(node.value), comment, section)
     return knobs
+
+
+def default_of(knob, before):
+    """The value of a knob's default, which may reckon with knobs `before` it (5 * 8, max_iters); None where more is needed to tell."""
+    try:
+        return eval(knob.default, {}, before)
+    except Exception:
+        return None
 
 
 def read_flag(arg, knobs):
@@ -219,7 +240,8 @@ def fit(knob, value, where):
         return int(value)
     if kind == 'int' and 'bool' in knob.types and value in (0, 1):
         return bool(value)
-    fail(f'{where}: {knob.name} takes {" or ".join(knob.types)}, not {value!r} (default {knob.default})')
+    hint = f'; annotate it in the script, for instance {knob.name}: int | None = None' if knob.types == ('None',) else ''
+    fail(f'{where}: {knob.name} takes {" or ".join(knob.types)}, not {value!r} (default {knob.default}){hint}')
 
 
 def did_you_mean(word, choices, prefix=''):

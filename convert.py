@@ -26,6 +26,7 @@ to = 'transformers' # or 'flatgpt'
 
 # what each architecture of transformers is, in our knobs; the rest is free. Its biases are ours too, where bias=False has zeros
 GPT2_KNOBS = dict(pos='learned', norm='layernorm', activation='gelu', qk_norm=False, tie_embeddings=True, embed_norm=False, logit_cap=0.0, n_kv_head=None)
+SIZES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl') # names of OpenAI's weights on the hub
 NANOCHAT_KNOBS = dict(pos='rotary', norm='rmsnorm', activation='relu2', qk_norm=True, tie_embeddings=False, embed_norm=True, bias=False)
 
 
@@ -56,9 +57,8 @@ def from_pretrained(name, override_args=None):
     Raises ValueError where it cannot be reached, or is another network.
     """
     assert set(override_args or {}) <= {'dropout', 'attn_dropout'}, f'cannot override {override_args} of pretrained weights'
-    names = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
-    if name not in names and '/' not in name and not os.path.isdir(name):
-        raise ValueError(f'{name!r} is neither a local folder nor one of {", ".join(names)}')
+    if name not in SIZES and '/' not in name and not os.path.isdir(name):
+        raise ValueError(f'{name!r} is neither a local folder nor one of {", ".join(SIZES)}')
     from transformers import AutoConfig, GPT2LMHeadModel, NanoChatForCausalLM
     quiet()
     kinds = {'gpt2': (GPT2LMHeadModel, gpt2_config), 'nanochat': (NanoChatForCausalLM, nanochat_config)}
@@ -72,7 +72,7 @@ def from_pretrained(name, override_args=None):
         config = convert(hf)
         theirs = load.from_pretrained(name, dtype=torch.float32).state_dict()
     except Exception as e: # the hub's client and safetensors raise many kinds
-        nowhere = '' if os.path.isdir(name) or name in names else 'no such file or folder is here, and from the hub: '
+        nowhere = '' if os.path.isdir(name) or name in SIZES else 'no such file or folder is here, and from the hub: '
         raise ValueError(f'cannot load {name}: {nowhere}{(str(e).strip() or type(e).__name__).splitlines()[0]}') from e
     model = GPT(GPTConfig(**config, **(override_args or {})))
     weights = model.state_dict()
@@ -124,7 +124,7 @@ def nanochat_config(hf):
 
 def tokenizer_of(name):
     """The meta of the tokenizer that comes with weights in the format of transformers, GPT2's where it is GPT-2's; None where none comes."""
-    if name in ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'):
+    if name in SIZES:
         return dict(GPT2)
     if os.path.isdir(name) and not any(os.path.exists(os.path.join(name, file)) for file in ('tokenizer.json', 'tokenizer_config.json', 'vocab.json')):
         return None
@@ -159,13 +159,15 @@ def to_transformers(model, meta, folder, figures=None):
                       and not (name == 'n_kv_head' and cfg.n_kv_head == cfg.n_head)]
                for home, knobs in (('GPT2LMHeadModel', GPT2_KNOBS), ('NanoChatForCausalLM', NANOCHAT_KNOBS))}
     if all(differs.values()):
-        raise ValueError('no architecture of transformers is this network: ' + '; '.join(f'{home} has not {", ".join(knobs)}' for home, knobs in differs.items()))
+        reasons = '; '.join(f'{home} has not {", ".join(knobs)}' for home, knobs in differs.items())
+        raise ValueError(f'no architecture of transformers is this network: {reasons}')
     eot = from_meta(meta).eot if meta else None
     theirs = {}
     if not differs['GPT2LMHeadModel']:
         sizes = dict(n_positions=cfg.block_size, vocab_size=cfg.vocab_size, n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd, n_inner=4 * cfg.n_embd)
         attn_dropout = cfg.dropout if cfg.attn_dropout is None else cfg.attn_dropout
-        export = GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=cfg.dropout, embd_pdrop=cfg.dropout, attn_pdrop=attn_dropout, bos_token_id=eot, eos_token_id=eot))
+        drop = dict(resid_pdrop=cfg.dropout, embd_pdrop=cfg.dropout, attn_pdrop=attn_dropout)
+        export = GPT2LMHeadModel(GPT2Config(**sizes, **drop, bos_token_id=eot, eos_token_id=eot))
         for to_name, from_name, turned in gpt2_names(cfg.n_layer):
             p = ours.get(from_name)
             theirs[to_name] = torch.zeros(export.state_dict()[to_name].shape) if p is None else p.t() if turned else p
@@ -173,7 +175,8 @@ def to_transformers(model, meta, folder, figures=None):
     else:
         sizes = dict(max_position_embeddings=cfg.block_size, vocab_size=cfg.vocab_size, num_hidden_layers=cfg.n_layer, num_attention_heads=cfg.n_head,
                      num_key_value_heads=cfg.n_kv_head or cfg.n_head, hidden_size=cfg.n_embd, intermediate_size=4 * cfg.n_embd)
-        export = NanoChatForCausalLM(NanoChatConfig(**sizes, final_logit_softcapping=cfg.logit_cap or None, bos_token_id=eot, eos_token_id=eot, pad_token_id=eot))
+        special = dict(bos_token_id=eot, eos_token_id=eot, pad_token_id=eot)
+        export = NanoChatForCausalLM(NanoChatConfig(**sizes, **special, final_logit_softcapping=cfg.logit_cap or None))
         kv = (cfg.n_kv_head or cfg.n_head) * (cfg.n_embd // cfg.n_head)
         for to_names, from_name in nanochat_names(cfg.n_layer):
             parts = ours[from_name].split((cfg.n_embd, kv, kv)) if len(to_names) > 1 else [ours[from_name]]
@@ -261,6 +264,7 @@ if __name__ == '__main__':
     else:
         figures = {name: config[name] for name in ('dataset', 'optimizer', 'learning_rate', 'batch_size', 'gradient_accumulation_steps', 'block_size', 'seed')
                    if name in config}
-        figures = {'iterations': f'{loaded["iter_num"]:,}', 'validation loss (nats per token)': f'{float(loaded["best_val_loss"]):.4f}', **figures} if config else {}
+        val_loss = float(loaded.get('best_val_loss', 'inf'))
+        figures = {'iterations': f'{loaded["iter_num"]:,}', 'validation loss (nats per token)': f'{val_loss:.4f}', **figures} if config else {}
         to_transformers(model, meta, output, figures)
     print(f'{output}: {model.get_num_params() / 1e6:.2f}M parameters' + ('' if meta else ', without a tokenizer, since none came with them'))

@@ -8,17 +8,17 @@ $ python eval.py --init_from=gpt2 --tasks=lambada_openai,hellaswag,arc_easy,piqa
 $ torchrun --standalone --nproc_per_node=8 eval.py --init_from=gpt2-xl --dataset=openwebtext
 """
 
-from configurator import at_least, configure
+from configurator import at_least, configure, writable
 
 # -----------------------------------------------------------------------------
 # what
-init_from = 'resume' # 'resume' (out_dir/best.pt, else ckpt.pt), a checkpoint, a folder in the format of transformers, or a name of the hub such as 'gpt2-xl'
+init_from = 'resume' # out_dir's best.pt, else its ckpt.pt; or other weights: a folder, a file, a hub name such as 'gpt2-xl'
 out_dir = 'out' # folder of the run to score
 dataset = '' # a folder of data/ that was prepared, '': the one that the run was trained on
 # how much
 eval_iters = 200 # batches for the loss of each split; the whole split when it has fewer
 batch_size = 16 # sequences per batch and process
-num_lines = 10000 # of tasks on lines: lines of the validation split to answer
+num_lines = 10000 # for tasks on lines: how many lines of the validation split to answer, 0: none
 show_wrong = 10 # how many wrong answers to show
 # benchmarks, of the package lm_eval
 tasks = '' # its names for them with commas between; they take the place of the losses
@@ -28,7 +28,7 @@ limit: float | None = None # questions of each task, or below 1 the share of the
 output = '' # a .json file for the results
 # system
 device = 'auto' # 'cpu', 'cuda', 'cuda:1', 'mps'
-dtype = 'auto' # 'float32', 'bfloat16', 'float16'
+dtype = 'auto' # as in train.py; or 'float32', 'bfloat16', 'float16'
 quantize = '' # 'int8': weights of 8 bits, as sample.py can use them on a CPU
 config, given = configure(globals(), also=('train.py', 'model.py:GPTConfig'),
                           own=('init_from', 'eval_iters', 'batch_size')) # a training recipe tells out_dir and device
@@ -45,7 +45,7 @@ import checkpoint as ckpt
 import parallel
 from data.lines import LONGEST, read_lines, read_questions
 from data.loader import Loader
-from data.tokenizer import byte_counts, dataset_meta, from_meta, same_tokenizer, write_whole
+from data.tokenizer import byte_counts, dataset_meta, from_meta, write_whole
 from device import DTYPES, autocast, resolve, tune
 from generate import stream
 from ops import pack
@@ -53,6 +53,10 @@ from runlog import say
 
 at_least(config, 1, 'eval_iters', 'batch_size')
 at_least(config, 0, 'num_lines', 'show_wrong')
+writable(config, 'output')
+for name in ('output', 'include_path', 'num_fewshot', 'limit'):
+    if name in given and not tasks:
+        raise ValueError(f'{name} is for benchmarks; add --tasks=hellaswag or another')
 device, dtype, _ = resolve(device, 'auto' if dtype == 'fast' else dtype, False, quantize)
 tune(device)
 rank, world_size = parallel.start('auto', device, 600, int(os.environ.get('WORLD_SIZE', 1)))
@@ -79,17 +83,16 @@ if tasks:
     except ImportError as e:
         raise ValueError(f"--tasks needs the package lm_eval: pip install '.[eval]' ({e})") from e
     tokenizer = from_meta(ckpt.tokenizer_meta(loaded, source, model.config.vocab_size))
-    if output and not os.path.isdir(os.path.dirname(output) or '.'):
-        raise ValueError(f'output={output!r} must be a file in a folder that is there')
     try:
         results = lm_eval.simple_evaluate(
             Harness(model, tokenizer, ctx, batch_size), tasks=tasks.split(','), num_fewshot=num_fewshot,
             limit=limit, log_samples=False, task_manager=lm_eval.tasks.TaskManager(include_path=include_path or None))
     except Exception as e: # tasks that are unknown, and data that cannot be reached, have many kinds
         raise ValueError(f'tasks={tasks}: {(str(e).strip() or type(e).__name__).splitlines()[0]}') from e
-    if output:
-        write_whole(output, lambda f: f.write(json.dumps({name: results[name] for name in ('results', 'n-shot', 'n-samples', 'versions')}, indent=1, default=str).encode()))
     say(lm_eval.utils.make_table(results))
+    if output:
+        told = {name: results[name] for name in ('results', 'n-shot', 'n-samples', 'versions')}
+        write_whole(output, lambda f: f.write(json.dumps(told, indent=1, default=str).encode()))
     raise SystemExit
 
 # -----------------------------------------------------------------------------
@@ -99,8 +102,7 @@ if not dataset:
     raise ValueError(f'{source} was not trained on a dataset of ours; name one: --dataset=...')
 data_dir = os.path.join('data', dataset)
 meta = loaded.get('meta') or dataset_meta(data_dir)
-if os.path.exists(os.path.join(data_dir, 'meta.pkl')) and not same_tokenizer(dataset_meta(data_dir), meta):
-    raise ValueError(f'{source}: the weights were trained with another vocabulary than that of {data_dir}')
+ckpt.check_tokenizer(loaded, source, data_dir)
 tokenizer = from_meta(meta)
 mark = trained.get('mask_before_token', '')
 lines = read_lines(meta, model.config.vocab_size, mark, trained.get('mask_per_line', True), trained.get('align_to_lines', False))
@@ -117,14 +119,14 @@ for split in ('train', 'val'):
     def batches():
         """This rank's share of the windows; what they hold is counted on the way."""
         for X, Y in data.eval_batches(eval_iters, rank, world_size, device):
-            num_bytes.add_(bytes_of[Y[Y >= 0]].sum())
+            num_bytes.add_((bytes_of[Y.clamp_min(0)] * (Y >= 0)).sum())
             yield X, Y
 
     loss, count = parallel.mean_losses(model, ctx, device, batches())[0].tolist()
     if not count:
-        raise ValueError(f'{data.path}: none of the targets in {eval_iters} batches count')
-    say(f'{split:<5} loss {loss:.4f}, perplexity {math.exp(loss) if loss < 700 else math.inf:.3f}, {loss / math.log(2) * count / parallel.total(num_bytes).item():.4f} '
-        f'bits per byte, over {count:,.0f} tokens{" of answers" if data.masked else ""}')
+        raise ValueError(f'{data.path}: none of the targets in {eval_iters} batches count; raise --eval_iters')
+    bits = loss / math.log(2) * count / parallel.total(num_bytes).item()
+    say(f'{split:<5} loss {loss:.4f}, perplexity {math.exp(loss) if loss < 700 else math.inf:.3f}, {bits:.4f} bits per byte, over {count:,.0f} tokens{" of answers" if data.masked else ""}')
 
 # -----------------------------------------------------------------------------
 # exact match of tasks on lines: each line a question, the mark, an answer
@@ -162,7 +164,8 @@ if mark and num_lines and lines.per_line and lines.newline.any():
     order = sorted(range(len(questions)), key=lambda i: sum(map(len, questions[i]))) # lines of one length together
     right = torch.zeros(len(questions), dtype=torch.int64, device=device)
     with torch.no_grad():
-        n = max(1, min(256, 2**27 // (model.config.vocab_size * max((len(q) + len(a) for q, a in questions), default=1)))) # as many logits as memory has room for
+        longest = max((len(q) + len(a) for q, a in questions), default=1)
+        n = max(1, min(256, 2**27 // (model.config.vocab_size * longest))) # as many as half a GB has room for the logits of
         for b in range(rank * n, len(order), world_size * n):
             right[order[b:b + n]] = answered_right([questions[i] for i in order[b:b + n]]).long()
     right = parallel.total(right).tolist()

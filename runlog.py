@@ -7,6 +7,7 @@ and out_dir/config.py, the knobs and the command of the run.
 
 import csv
 import io
+import math
 import os
 import shlex
 import sys
@@ -39,11 +40,11 @@ def say(text):
 
 class RunLog:
 
-    def __init__(self, out_dir, config, iter_num=0, tokens=0, max_iters=0, wandb=None, quiet=False):
+    def __init__(self, out_dir, config, iter_num=0, tokens=0, run_id=None, quiet=False):
         """
         Open out_dir/log.csv. A run that resumes at iteration `iter_num`, after `tokens` tokens, keeps the rows
-        before it, and its seconds count on from theirs. `config`: the knobs, for config.py. `wandb`: what to pass to
-        wandb.init, or None. quiet=True, for all ranks but one: does and writes nothing.
+        before it, and its seconds count on from theirs. `config`: the knobs, for config.py and wandb. `run_id`: wandb's, of the
+        run that goes on, or None. quiet=True, for all ranks but one: does and writes nothing.
         Raises OSError where out_dir cannot be written to.
         """
         self.out_dir, self.path, self.quiet = out_dir, os.path.join(out_dir, 'log.csv'), quiet
@@ -56,20 +57,20 @@ class RunLog:
                 write_whole(os.path.join(out_dir, 'config.py'), lambda f: f.write(describe(out_dir, config, iter_num).encode()))
             except OSError as e:
                 raise OSError(f'cannot write into out_dir={out_dir!r}: {e.strerror}') from e
-        if wandb and not quiet:
+        if config.get('wandb_log') and not quiet:
             try:
                 import wandb as client
             except ImportError as e:
                 raise ValueError('wandb_log=True needs the package wandb: pip install wandb, then wandb login') from e
             try:
-                self.wandb = client.init(**wandb)
+                self.wandb = client.init(project=config['wandb_project'], name=config['wandb_run_name'], config=config, id=run_id, resume='allow')
             except Exception as e: # its errors are of many kinds
                 raise ValueError(f'wandb does not start: {str(e).strip() or type(e).__name__}; wandb login, or WANDB_MODE=offline') from e
             self.run_id = self.wandb.id
             self.wandb.define_metric('*', step_metric='iter') # a resumed run draws on from where it stopped
         # a bar on a terminal, plain lines into files and pipes
         plain = quiet or not (sys.stdout.isatty() and sys.stderr.isatty())
-        self.bar = tqdm(total=max_iters, initial=iter_num, dynamic_ncols=True, disable=plain, smoothing=0, # time left: at the speed so far, evaluations included
+        self.bar = tqdm(total=config.get('max_iters'), initial=iter_num, dynamic_ncols=True, disable=plain, smoothing=0, # time left: at the speed so far, evaluations included
                         bar_format='{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]')
         self.started = self.last_time = time.perf_counter() # of no calendar: never set back, fine on Windows too
         self.last_iter = self.last_row = iter_num
@@ -92,7 +93,7 @@ class RunLog:
         """
         Iteration iter_num, `tokens` being those trained on up to its end: a row, and a line or the bar.
 
-        clipped: how many steps since the last such row were; peak_speed: tokens/s that would be an MFU of 1, or None
+        clipped: how many steps since the last such row were; peak_speed: tokens/s that would be an MFU of 1, 0 where unknown
         """
         steps, now = iter_num + 1 - self.last_iter, time.perf_counter()
         dt = max(now - self.last_time, 1e-9) / steps # seconds per iteration
@@ -173,7 +174,8 @@ def describe(out_dir, config, iter_num):
         with open(path, encoding='utf-8') as f:
             before = [line.rstrip() for line in f if line.startswith('# from iteration ')]
     command = f'# from iteration {iter_num}: {shlex.join(["python", *sys.argv])}'.replace('\n', ' ')
-    return '\n'.join([*before, command, '', *(f'{name} = {value!r}' for name, value in config.items())]) + '\n'
+    spelled = lambda value: f"float('{value}')" if isinstance(value, float) and not math.isfinite(value) else repr(value)
+    return '\n'.join([*before, command, '', *(f'{name} = {spelled(value)}' for name, value in config.items())]) + '\n'
 
 
 def read_log(path):

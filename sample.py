@@ -9,11 +9,11 @@ $ python sample.py --start=LINES:prompts.txt --output=answers.jsonl
 $ python sample.py --out_dir=out-shakespeare-char --interactive=True
 """
 
-from configurator import above, at_least, at_most, configure
+from configurator import above, at_least, at_most, configure, writable
 
 # -----------------------------------------------------------------------------
 # what from
-init_from = 'resume' # 'resume' (out_dir/best.pt, else ckpt.pt), a checkpoint, a folder in the format of transformers, or a name of the hub such as 'gpt2-xl'
+init_from = 'resume' # out_dir's best.pt, else its ckpt.pt; or other weights: a folder, a file, a hub name such as 'gpt2-xl'
 out_dir = 'out' # folder of the run to sample from
 # what
 start: str | list = '\n' # the prompt, FILE:name for a file's text, LINES:name for a prompt a line, - for standard input, or a list of these
@@ -31,13 +31,14 @@ repetition_penalty = 1.0 # above 1.0 tokens that were there before become less l
 stop_token_char = '' # end a text before this character, which must be one token
 stop: str | list = '' # end a text before this string, or the first of these
 seed = 1337 # the same seed and prompt give the same texts
-stride = 1 # past block_size, learned positions see the last block_size tokens, recomputed as often as this; more is faster, and sees less
+stride = 1 # past block_size, learned positions recompute their window every so many tokens: 64 is much faster, and sees up to 63 tokens less
 # system
 device = 'auto' # 'cpu', 'cuda', 'cuda:1', 'mps'
-dtype = 'auto' # 'float32', 'bfloat16', 'float16'
+dtype = 'auto' # as in train.py; or 'float32', 'bfloat16', 'float16'
 quantize = '' # 'int8': weights of 8 bits, for one text at a time on a CPU
 compile: bool | str = False # torch.compile, on a GPU as a CUDA graph: a minute to start, then faster steps
-config, given = configure(globals(), also=('train.py', 'model.py:GPTConfig'), own=('init_from', 'batch_size', 'compile', 'seed')) # a training recipe tells out_dir and device
+config, given = configure(globals(), also=('train.py', 'model.py:GPTConfig'), # a training recipe tells out_dir and device
+                      own=('init_from', 'batch_size', 'compile', 'seed')) # its values of these are for training
 
 # -----------------------------------------------------------------------------
 import contextlib
@@ -58,10 +59,13 @@ at_least(config, 1, 'num_samples', 'max_new_tokens', 'batch_size', 'stride')
 at_least(config, 0, 'temperature', 'top_k', 'min_p')
 above(config, 0, 'top_p', 'repetition_penalty')
 at_most(config, 1, 'top_p', 'min_p')
+writable(config, 'output')
 prompts = [start] if isinstance(start, str) else start
 stops = [stop] if isinstance(stop, str) else stop
 if sys.stdin is None and (interactive or '-' in prompts):
     raise ValueError('standard input is closed; give a prompt by --start=... instead')
+if interactive and given.get('start', '').startswith('--'):
+    raise ValueError('--start is not read with --interactive; type it at the prompt')
 for name, texts in (('start', prompts), ('stop', stops)):
     if not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(f'{name}={config[name]} must be a text or a list of texts')
@@ -69,8 +73,8 @@ stops = [text for text in (stop_token_char, *stops) if text]
 for prompt in prompts:
     if prompt.startswith(('FILE:', 'LINES:')) and not os.path.isfile(prompt.partition(':')[2]):
         raise FileNotFoundError(f'prompt file {prompt.partition(":")[2]} not found')
-if output and (interactive or os.path.isdir(output) or not os.path.isdir(os.path.dirname(output) or '.')):
-    raise ValueError(f'output={output!r} must be a file in a folder that is there, and goes without --interactive')
+if output and interactive:
+    raise ValueError('--output is not written with --interactive; leave one of them out')
 device, dtype, compile = resolve(device, 'auto' if dtype == 'fast' else dtype, compile, quantize) # small networks are not faster
 tune(device)
 
@@ -125,7 +129,7 @@ def sample(ids, samples=range(1), cache=None, show=lambda text: None):
     """
     new, ended, current, shown = [[] for _ in range(len(ids) * len(samples))], set(), 0, None
 
-    def stop(b, tokens):
+    def ends(b, tokens):
         if any(s in tokenizer.decode(tokens[-4 * max(map(len, stops)):]) for s in stops): # 4 bytes a character at most
             ended.add(b)
         return b in ended
@@ -144,7 +148,7 @@ def sample(ids, samples=range(1), cache=None, show=lambda text: None):
             current, shown = current + 1, None
 
     show_on()
-    for tokens in stream(model, ids, max_new_tokens, samples, stop=stop if stops else None, cache=cache, compiled=compiled, **options):
+    for tokens in stream(model, ids, max_new_tokens, samples, stop=ends if stops else None, cache=cache, compiled=compiled, **options):
         for sequence, token in zip(new, tokens.tolist()):
             sequence += [token] if token >= 0 else []
         show_on()
@@ -171,8 +175,9 @@ if interactive: # a text that goes on and on; what was said is not computed agai
         except (EOFError, KeyboardInterrupt):
             print()
             break
+        within = context and context[-1] != tokenizer.eot and not tokenizer.decode(context).endswith('\n') # a line that has not ended
         try:
-            line = tokenizer.encode(('\n' if context and context[-1] != tokenizer.eot and not tokenizer.decode(context).endswith('\n') else '') + line)
+            line = tokenizer.encode('\n' + line if within else line)
         except ValueError as e: # a character that the vocabulary lacks
             print(e)
             continue
@@ -193,4 +198,5 @@ else:
     if output:
         write_whole(output, lambda f: f.write(''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows).encode()))
     seconds = time.perf_counter() - began
-    print(f'{made:,} tokens in {seconds:.1f} s, {made / seconds:,.0f} tokens/s' + (f', written to {output}' if output else ''), file=sys.stderr)
+    written = f', written to {output}' if output else ''
+    print(f'{made:,} tokens in {seconds:.1f} s, {made / seconds:,.0f} tokens/s{written}', file=sys.stderr)

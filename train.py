@@ -21,17 +21,18 @@ eval_only = False # True: evaluate what was loaded and exit
 save_interval: int | None = None # iterations between two checkpoints, None: as often as evaluations
 always_save_checkpoint = True # False: beside the last checkpoint keep the best, best.pt, for sampling
 keep_checkpoints = 1 # how many of the latest to keep, as ckpt-ITERATION.pt when more than one
-init_from = 'scratch' # 'scratch', 'resume', 'auto' (resume if there is a checkpoint), or what to fine-tune: a run's folder, a checkpoint, a folder in the format of transformers, a name of the hub such as 'gpt2-xl'
+init_from = 'scratch' # 'resume', 'auto' (resume if there is a run), or weights to fine-tune: a folder, a file, a hub name such as 'gpt2-xl'
 # wandb logging
 wandb_log = False # needs the package wandb and a login
 wandb_project = 'owt' # the project that runs are filed under
 wandb_run_name = 'gpt2' # this run's name
 # data
 dataset = 'openwebtext' # a folder of data/ that was prepared
-mask_before_token = '' # lines of question, this token, answer: only the answers count in the loss, '' for all tokens
-mask_per_line = True # False: everything after the window's first such token counts
+mask_before_token = '' # '=' for lines such as 12+3=15: only what follows it on its line is learned; '': every token
+mask_per_line = True # False: all that follows a window's first mark is learned
 align_to_lines = False # True: sequences begin where lines do
-gradient_accumulation_steps = 40 # micro-batches per iteration, over all processes together: 5 * 8 GPUs
+gradient_accumulation_steps = 40 # micro-batches per iteration, of all processes together: 5 on each of 8 GPUs
+batch_size_warmup_iters = 0 # iterations in which these grow linearly from 1, 0: all from the start
 batch_size = 12 # sequences per micro-batch
 block_size = 1024 # tokens per sequence, the longest context
 seed = 1337 # of the weights, the order of the data, and dropout
@@ -39,51 +40,48 @@ seed = 1337 # of the weights, the order of the data, and dropout
 n_layer = 12 # blocks
 n_head = 12 # attention heads per block
 n_embd = 768 # width
-d_head: int | None = None # width of a head; any sufficient two of n_head, n_embd, d_head will do
-d_model: int | None = None # another word for n_embd
+d_head: int | None = None # width of a head; two of n_head, n_embd, d_head give the third
+d_model: int | None = None # the same as n_embd
 dropout = 0.0 # for pretraining 0 is good, for finetuning try 0.1+
 bias = False # biases in Linears and LayerNorms; True: as GPT-2 has them
 # optimizer
-optimizer = 'adamw' # or 'muon', for the matrices in the blocks
-learning_rate = 6e-4 # the highest
-matrix_lr: float | None = None # of muon's matrices, None: 0.02
-embed_lr: float | None = None # of the embeddings beside muon (tied ones: head_lr), positions with them, None: falls with the root of the width
-head_lr: float | None = None # of the head beside muon, None: falls with the root of the width
+optimizer = 'adamw' # or 'muon': Muon for the matrices in the blocks, AdamW for the rest
+learning_rate = 6e-4 # the highest; with muon that of biases and norms alone, the rest have the three below
+matrix_lr: float | None = None # muon's: of the matrices in the blocks, None: see configure() in muon.py
+embed_lr: float | None = None # beside muon: of wte and wpe, unless wte is tied to the head; None: as there
+head_lr: float | None = None # beside muon: of lm_head, and of wte and wpe if tied to it; None: as there
 max_iters = 600000 # iterations in all
 weight_decay = 1e-1 # on matrices only
-beta1 = 0.9 # decay of the mean gradient
-beta2 = 0.95 # decay of the mean squared gradient
+beta1 = 0.9 # how much of the running mean of gradients AdamW keeps each step
+beta2 = 0.95 # the same of squared gradients
 grad_clip = 1.0 # largest norm of the gradient, 0.0 for no limit
 max_bad_steps = 20 # stop after so many steps in a row without a finite loss and gradient, 0: never
 # learning rate decay
 decay_lr = True # False: learning_rate throughout
 lr_schedule = 'cosine' # or 'trapezoid': constant, then linear to min_lr over the last decay_share of lr_decay_iters
-decay_share = 0.6 # of lr_decay_iters, in which a trapezoid falls
+decay_share = 0.6 # share of lr_decay_iters over which a trapezoid falls, 1.0: straight down from the start
 warmup_iters = 2000 # iterations of linear rise
-lr_decay_iters = 600000 # where the decay ends, about max_iters (Hoffmann et al. 2022)
-min_lr = 6e-5 # where it ends, about learning_rate / 10
-batch_size_warmup_iters = 0 # iterations in which the batch grows linearly to gradient_accumulation_steps
+lr_decay_iters = 600000 # the iteration at which the decay ends, about max_iters (Hoffmann et al. 2022)
+min_lr = 6e-5 # the rate it ends at, about learning_rate / 10
 # when to stop before max_iters
-target_loss = 0.0 # at this validation loss
+target_loss = 0.0 # at this validation loss, 0.0: never
 patience = 0 # after so many evaluations without a better one, 0: never
 # system
 backend = 'auto' # between processes: 'nccl' for GPUs, 'gloo' for CPUs
 dist_timeout = 600 # seconds without an answer after which another process is given up; longer than a save takes
 fsdp = False # True: share weights and optimizer state between processes (FSDP2), for models larger than a GPU
 gradient_checkpointing = False # True: recompute activations in backward, a third more work for less memory
-loss_chunk = 0 # positions whose logits exist at a time, 0: all; for large vocabularies, one more product with the head for less memory
+loss_chunk = 0 # positions whose logits are computed at a time, 0: all; saves memory with large vocabularies, for one more product with the head
 device = 'auto' # 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto' # 'float32', 'bfloat16', 'float16', or 'fast': as 'auto', but bfloat16 on CPUs that multiply it faster
-compile: bool | str = 'auto' # torch.compile: a slow start, then faster steps
+compile: bool | str = 'auto' # torch.compile: a slow start, then faster steps; 'auto': on GPUs that Triton supports
 config, given = configure(globals(), model='model.py:GPTConfig') # from here on the knobs are what files and flags made them
 
 # -----------------------------------------------------------------------------
 # imports come after the knobs, so that --help and a mistyped flag answer before torch has loaded
 import math
 import os
-from functools import partial
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -94,21 +92,24 @@ import muon
 import parallel
 from data.lines import read_lines
 from data.loader import Loader, deal, micro_batches
-from data.tokenizer import dataset_meta, model_vocab_size, same_tokenizer
+from data.tokenizer import dataset_meta, model_vocab_size
 from device import autocast, memory_gb, peak_flops, resolve, tune
 from model import GPT, GPTConfig
+from ops import seed_dropout
 from runlog import RunLog, health, say
 
 # -----------------------------------------------------------------------------
-# can the knobs be so?
+# refuse knobs that make no sense
 save_interval = config['save_interval'] = eval_interval if save_interval is None else save_interval
 at_least(config, 1, 'eval_interval', 'save_interval', 'log_interval', 'eval_iters', 'keep_checkpoints',
          'gradient_accumulation_steps', 'batch_size', 'block_size', 'dist_timeout')
-at_least(config, 0, 'beta1', 'beta2', 'seed', 'max_bad_steps', 'batch_size_warmup_iters', 'patience', 'loss_chunk', 'learning_rate', 'min_lr',
-         'warmup_iters', 'max_iters', 'lr_decay_iters', 'weight_decay', 'grad_clip')
+at_least(config, 0, 'beta1', 'beta2', 'seed', 'max_bad_steps', 'batch_size_warmup_iters', 'patience', 'loss_chunk', 'learning_rate',
+         'min_lr', 'warmup_iters', 'max_iters', 'lr_decay_iters', 'weight_decay', 'grad_clip')
 below(config, 1, 'beta1', 'beta2')
 at_most(config, 2**63 - 1, 'seed')
 above(config, 0, 'decay_share')
+if decay_lr and min_lr > learning_rate:
+    raise ValueError(f'min_lr={min_lr} is more than learning_rate={learning_rate}; add --min_lr={learning_rate / 10:g}')
 one_of(config, optimizer=('adamw', 'muon'), lr_schedule=('cosine', 'trapezoid'))
 
 # -----------------------------------------------------------------------------
@@ -131,7 +132,7 @@ asked = ckpt.asked_sizes(config, given)
 
 if init_from == 'scratch':
     if lora_rank > 0:
-        raise ValueError(f'lora_rank={lora_rank} fine-tunes weights that are there: --init_from=...')
+        raise ValueError(f'lora_rank={lora_rank} fine-tunes weights that are there: --init_from=gpt2, or a run\'s folder')
     n_head, n_embd = ckpt.resolve_sizes(asked, default=(n_head, n_embd))
     vocab_size = vocab_size if 'vocab_size' in given else model_vocab_size(meta)
     sizes = {**config, 'n_head': n_head, 'n_embd': n_embd, 'vocab_size': vocab_size}
@@ -140,14 +141,13 @@ else: # this run's own checkpoint to go on with, or other weights to fine-tune
     source = own if init_from == 'resume' else init_from
     rank_of_lora = lora_rank if init_from != 'resume' or 'lora_rank' in given else None # None: as it is
     model, loaded = ckpt.open_model(source, rank_of_lora, dropout=dropout, attn_dropout=attn_dropout)
-    if not same_tokenizer(loaded.get('meta') or meta, meta):
-        raise ValueError(f'{source}: the weights were trained with another vocabulary than that of {data_dir}')
-    ckpt.fit_sizes(model, asked, source)
+    ckpt.check_tokenizer(loaded, source, data_dir)
+    ckpt.fit_sizes(model, asked, source, given)
 model.gradient_checkpointing, model.loss_chunk = gradient_checkpointing, loss_chunk
 if fsdp:
     parallel.shard(model, device, dtype, compile)
 model.to(device)
-knobs = {**config, **{name: value for name, value in vars(model.config).items() if name in config}} # as they turned out
+knobs = {**config, **vars(model.config), 'd_head': None, 'd_model': None} # as they turned out, each size once
 block_size = model.config.block_size
 
 # -----------------------------------------------------------------------------
@@ -158,15 +158,15 @@ train_data, val_data = load_split('train'), load_split('val')
 say(f'{dataset}: {len(train_data.tokens):,} tokens to train on, {len(val_data.tokens):,} to validate, '
     f'{gradient_accumulation_steps * batch_size * block_size:,} per iteration'
     + (f', {train_data.targets / batch_size / block_size:.1%} of them targets that count' if train_data.masked else ''))
-say(f'model: {model.get_num_params() / 1e6:.2f}M parameters on {device}, {dtype}{", compiled" if compile else ""}'
-    + (f', {sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6:.2f}M of them trained' if model.config.lora_rank else '') +
-    f'{f", {world_size} processes" if ddp else ""}{", sharded" if fsdp else ""}')
+say(f'model: {model.get_num_params() / 1e6:.2f}M parameters on {device}, {dtype}' + ', compiled' * compile
+    + (f', {sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6:.2f}M of them trained' if model.config.lora_rank else '')
+    + f', {world_size} processes' * ddp + ', sharded' * fsdp)
 
 # -----------------------------------------------------------------------------
 # optimizer, and where the run stands
 scaler = torch.amp.GradScaler(enabled=dtype == 'float16') # does nothing unless float16
-make_optimizer = {'adamw': model.configure_optimizers, 'muon': partial(muon.configure, model, config)}[optimizer]
-optimizer = make_optimizer(weight_decay, learning_rate, (beta1, beta2), device.partition(':')[0])
+settings = weight_decay, learning_rate, (beta1, beta2), device.partition(':')[0]
+optimizer = muon.configure(model, config, *settings) if optimizer == 'muon' else model.configure_optimizers(*settings)
 iter_num, best_val_loss, best_iter, best_file, run_id = 0, float('inf'), 0, None, None # best_file: of the best weights; run_id: wandb's
 if init_from == 'resume':
     ckpt.load_optimizer(optimizer, scaler, loaded)
@@ -183,7 +183,7 @@ if compile:
 if compile and not fsdp:
     model = torch.compile(model, dynamic=False)
 if ddp and not fsdp:
-    model = DDP(model, device_ids=[torch.device(device).index] if 'cuda' in device else None)
+    model = DDP(model, device_ids=[torch.device(device).index] if 'cuda' in device else None, gradient_as_bucket_view=True)
 
 # -----------------------------------------------------------------------------
 # helpers
@@ -216,35 +216,30 @@ def save(name='ckpt.pt'):
         checkpoint = dict(
             model=state['model'], model_args=vars(raw_model.config), meta=meta, config=knobs, iter_num=iter_num,
             best_val_loss=best_val_loss, best_iter=best_iter, best_file=best_file, run_id=log.run_id or run_id)
-        unsaved[name] = ckpt.try_save(os.path.join(out_dir, name), checkpoint, state.get('optimizer'), keep_checkpoints)
-        if unsaved[name]: # what was saved last is still whole
-            say(f'iteration {iter_num}: {unsaved[name]}; training goes on, the next save tries again')
-    return not unsaved.get(name)
+        saved[name] = ckpt.try_save(os.path.join(out_dir, name), checkpoint, state.get('optimizer'), keep_checkpoints)
+    return saved.get(name)
 
 # -----------------------------------------------------------------------------
 # loop
 tokens_per_micro_batch = batch_size * block_size
-batches = train_data.train_batches(deal(iter_num, gradient_accumulation_steps, batch_size_warmup_iters, rank, world_size), device)
+growth = gradient_accumulation_steps, batch_size_warmup_iters
+batches = train_data.train_batches(deal(iter_num, *growth, rank, world_size), device)
 if not eval_only:
     stop = parallel.StopSignals() # true once SIGINT, SIGTERM, SIGHUP or SIGUSR1 has come
-    tokens = micro_batches(iter_num, gradient_accumulation_steps, batch_size_warmup_iters)[0] * tokens_per_micro_batch
-    wandb = dict(project=wandb_project, name=wandb_run_name, config=knobs, id=run_id, resume='allow')
-    log = RunLog(out_dir, knobs, iter_num, tokens, max_iters, wandb_log and wandb, quiet=not master_process)
+    log = RunLog(out_dir, knobs, iter_num, micro_batches(iter_num, *growth)[0] * tokens_per_micro_batch, run_id, quiet=not master_process)
     if master_process and init_from != 'resume':
         ckpt.set_aside(out_dir)
-peak = peak_flops(device, dtype)
-peak_speed = peak and world_size * peak / raw_model.flops_per_token() # tokens/s of an MFU of 1
+peak_speed = world_size * (peak_flops(device, dtype) or 0) / raw_model.flops_per_token() # tokens/s of an MFU of 1, 0 where unknown
 bad_in_row, bad_steps, clipped = torch.zeros(3, device=device) # bad steps in a row; bad and clipped ones since the last log
-save_due, unsaved = False, {} # is a save due; why the last write of a file failed
+save_due, saved = False, {} # is a save due; whether each file took what was last written to it
 ended = problem = '' # why the run ends early; what makes its exit code 1
-model.train()
 while True:
 
     # every rank sets the learning rate and the number of micro-batches of this iteration
     lr = get_lr(iter_num) if decay_lr else learning_rate
     for group in optimizer.param_groups:
         group['lr'] = lr * group.get('lr_scale', 1.0)
-    first, count = micro_batches(iter_num, gradient_accumulation_steps, batch_size_warmup_iters)
+    first, count = micro_batches(iter_num, *growth)
     micro_steps = -(-count // world_size) # of this rank, a micro-batch each; rounded up
 
     # every rank evaluates its share of the windows; the master writes it down and keeps the best
@@ -275,15 +270,13 @@ while True:
     loss_sum = torch.zeros((), device=device)
     for micro_step in range(micro_steps):
         number = micro_step * world_size + rank # of this micro-batch within the iteration
-        torch.manual_seed(int(np.random.SeedSequence((seed, iter_num, number)).generate_state(1)[0])) # dropout, like the data, is a function of the iteration
+        seed_dropout(seed, iter_num, number) # like the data, it is a function of the iteration
         X, Y = next(batches)
         with parallel.exchange(model, on=micro_step == micro_steps - 1):
             with ctx:
                 _, loss = model(X, Y)
-                if train_data.masked: # targets weigh the same in whichever micro-batch they are
-                    counting = (Y >= 0).sum()
-                    loss = torch.where(counting > 0, loss, 0.0) * counting / train_data.targets
-                loss = loss / (count / world_size) if number < count else loss * 0.0 # a rank without its share idles
+                loss = train_data.weigh(loss, Y) # where not all targets count
+                loss = loss / (count / world_size) if number < count else loss * 0.0 # beyond the last micro-batch: adds nothing
                 loss = loss * (1 + 0 * loss.detach()) # an infinite loss can have a finite gradient: make it nan on all ranks
             scaler.scale(loss).backward()
         loss_sum += loss.detach()
@@ -305,35 +298,35 @@ while True:
         break
 
     # every rank takes the same step
-    look = iter_num % log_interval == 0
-    before = [p.detach().clone() for p in raw_model.parameters()] if look and evaluated else None
+    logged = iter_num % log_interval == 0
+    before = [p.detach().clone() for p in raw_model.parameters()] if logged and evaluated else None
     optimizer.found_inf = bad # AdamW's fused kernel then leaves weights and state alone, and nobody waits for the GPU
-    if not ('mps' in device and bad): # the kernel for MPS does not look
+    if not ('mps' in device and bad): # MPS's kernel ignores found_inf
         scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
 
     # every rank helps to log, the master writes; .item() waits for the device, so it stands only here
-    if look:
+    if logged:
         log.iteration(iter_num, (first + count) * tokens_per_micro_batch, loss=parallel.total(loss_sum).item() / world_size, lr=lr,
                       grad_norm=grad_norm.item(), clipped=clipped.item(), bad_steps=int(bad_steps), peak_speed=peak_speed,
                       memory_gb=memory_gb(device), **health(raw_model, before))
         bad_steps, clipped = torch.zeros(2, device=device)
-    if max_bad_steps and (look or device == 'cpu') and bad_in_row >= max_bad_steps:
+    if max_bad_steps and (logged or device == 'cpu') and bad_in_row >= max_bad_steps:
         problem = (f'no finite loss or gradient in {int(bad_in_row)} steps in a row; the last checkpoint is from before them. Look at '
-                   f'grad_norm in {log.path}; a lower learning_rate, a longer warmup or bfloat16 in place of float16 may help')
+                   f'grad_norm in {log.path}; lower rates, a longer warmup or bfloat16 in place of float16 may help')
         break
     iter_num += 1
 
 # -----------------------------------------------------------------------------
 # cleanup
-parallel.leave() # nobody before the master has saved
+parallel.leave() # all wait here until the master has saved
 if not eval_only:
     log.close()
     say(f'{ended}iteration {iter_num}, {log.seconds():.1f} s of training, best val loss {best_val_loss:.4f}')
     if os.path.exists(own):
         say(f'next: python sample.py --out_dir={out_dir}')
-    if any(unsaved.values()):
-        problem = f'{" and ".join(filter(unsaved.get, unsaved))} could not be written at the last attempt; what is in {out_dir} is older'
+    if not all(saved.values()):
+        problem = f'{" and ".join(n for n in saved if not saved[n])} could not be written at the last attempt; what {out_dir} holds is older, if anything'
     if problem and master_process:
         fail(problem, 1)

@@ -39,7 +39,10 @@ def read_lines(meta, vocab_size, mask_before_token, mask_per_line, align_to_line
         raise ValueError('the vocabulary has no newline, so there are no lines; use --align_to_lines=False --mask_per_line=False')
     mark = None
     if mask_before_token:
-        ids = tokenizer.encode(mask_before_token)
+        try:
+            ids = tokenizer.encode(mask_before_token)
+        except ValueError as e:
+            raise ValueError(f'mask_before_token={mask_before_token!r}: {e}') from e
         if len(ids) != 1:
             raise ValueError(f'mask_before_token={mask_before_token!r} is {len(ids)} tokens in this vocabulary, it must be one')
         if mask_per_line and ids[0] in newline:

@@ -75,7 +75,8 @@ def byte_counts(meta):
         bytewise = 'ByteLevel' in str(json.loads(meta['json'])['decoder']) # each character of such a token is a byte
         special = {i for i, token in bpe.get_added_tokens_decoder().items() if token.special}
         tokens = [None if i in special else bpe.id_to_token(i) for i in range(meta['vocab_size'])]
-        return [0 if t is None else len(t) if bytewise else 1 if re.fullmatch('<0x[0-9A-F]{2}>', t) else len(t.replace('\u2581', ' ').encode()) for t in tokens]
+        in_words = lambda t: 1 if re.fullmatch('<0x[0-9A-F]{2}>', t) else len(t.replace('\u2581', ' ').encode()) # SentencePiece's: a byte, or text
+        return [0 if t is None else len(t) if bytewise else in_words(t) for t in tokens]
     if meta.get('tokenizer') == 'byte':
         return [1] * 256 + [0]
     return [0 if i == tokenizer.eot else len(meta['itos'][i].encode('utf-8', 'replace')) for i in range(meta['vocab_size'])]
@@ -193,16 +194,17 @@ def dataset_meta(folder):
 
 def check_meta(meta, where):
     """`meta` itself if it describes a tokenizer, else a ValueError that names `where` it came from."""
-    keys = {'gpt2': {}, 'byte': {}, 'tiktoken': {'name': str}, 'json': {'json': str}}
-    if isinstance(meta, dict) and type(meta.get('vocab_size')) is int and meta['vocab_size'] > 0 and meta.get('dtype', 'uint16') in ('uint16', 'uint32') \
-            and type(meta.get('eot')) in (int, type(None)):
+    texts = {'gpt2': (), 'byte': (), 'tiktoken': ('name',), 'json': ('json',)} # what each kind needs
+    if isinstance(meta, dict) and type(meta.get('vocab_size')) is int and meta['vocab_size'] > 0 \
+            and type(meta.get('eot')) in (int, type(None)) and meta.get('dtype', 'uint16') in ('uint16', 'uint32'):
         kind, stoi, itos = meta.get('tokenizer'), meta.get('stoi'), meta.get('itos')
-        if isinstance(kind, str) and kind in keys:
-            if all(isinstance(meta.get(name), each) for name, each in keys[kind].items()):
+        if isinstance(kind, str) and kind in texts:
+            if all(isinstance(meta.get(name), str) for name in texts[kind]):
                 return meta
-        elif isinstance(stoi, dict) and isinstance(itos, dict) and len(stoi) == len(itos) == meta['vocab_size'] \
-                and all(isinstance(c, str) and type(i) is int and 0 <= i < len(itos) and itos.get(i) == c and (len(c) == 1 or i == meta.get('eot')) for c, i in stoi.items()):
-            return meta
+        elif isinstance(stoi, dict) and isinstance(itos, dict) and len(stoi) == len(itos) == meta['vocab_size']:
+            ids = all(isinstance(c, str) and type(i) is int and 0 <= i < len(itos) and itos.get(i) == c for c, i in stoi.items())
+            if ids and all(len(c) == 1 or i == meta.get('eot') for c, i in stoi.items()):
+                return meta
     raise ValueError(f'{where} refused: it needs vocab_size, stoi and itos that agree, or the name of a tokenizer; prepare the dataset again')
 
 

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from configurator import read_knobs
-from conftest import ROOT
+from conftest import ROOT, Project
 
 SCRIPT = f'''
 """A script with a knob of every kind."""
@@ -113,6 +113,29 @@ def test_a_mistake_on_the_command_line_is_one_line(run, flag, message):
 def test_a_mistake_in_a_config_file_is_one_line_with_its_place(run, text, message):
     (run.folder / 'bad.py').write_text(text)
     assert message in run('bad.py')
+
+
+def test_a_default_may_be_an_expression_in_all_scripts(tmp_path):
+    project = Project(tmp_path)
+    for name, line, new in (('train.py', 'gradient_accumulation_steps = 40', 'gradient_accumulation_steps = 5 * 8'),
+                            ('train.py', 'lr_decay_iters = 600000', 'lr_decay_iters = max_iters'), ('model.py', 'n_embd: int = 768', 'n_embd: int = 12 * 64')):
+        text = (tmp_path / name).read_text()
+        assert text.count(line) == 1
+        (tmp_path / name).write_text(text.replace(line, new))
+    assert '--gradient_accumulation_steps=5 * 8' in project.run('train.py', '--help').stdout
+    for script in ('sample.py', 'eval.py'):
+        assert 'nowhere/ckpt.pt not found' in project.error(script, '--out_dir=nowhere')
+    assert '124.4M parameters' in project.run('bench.py', '--mode=project').stdout
+    (tmp_path / 'model.py').write_text((tmp_path / 'model.py').read_text().replace('logit_cap: float = 0.0', 'logit_cap: float = math.inf'))
+    assert 'logit_cap in model.py: its default math.inf must be a plain value' in project.error('train.py')
+
+
+def test_a_knob_of_ones_own_takes_what_its_default_is(run):
+    text = (run.folder / 'script.py').read_text()
+    (run.folder / 'script.py').write_text(text.replace('batch_size = 12', 'betas = (0.8, 0.9)\nextra = None\nbatch_size = 12'))
+    assert "'betas': [0.7, 0.9]" in run('--betas=(0.7, 0.9)')
+    assert "'extra': None" in run('--extra=None')
+    assert 'annotate it in the script, for instance extra: int | None = None' in run('--extra=3')
 
 
 def test_help_prints_every_knob_with_default_comment_and_section(run):

@@ -73,7 +73,16 @@ def test_a_dataset_may_sort_its_questions(swapped):
 
 def test_bad_input_of_eval_is_one_line(swapped, trained):
     assert 'nowhere/ckpt.pt not found' in swapped.error('eval.py', '--out_dir=nowhere')
-    assert 'trained with another vocabulary' in swapped.error('eval.py', f'--out_dir={trained[0]}', '--dataset=swaps')
+    bpe = swapped.path / 'data' / 'bpe' # a dataset without meta.pkl is one of GPT-2's BPE
+    bpe.mkdir(exist_ok=True)
+    for split in ('train', 'val'):
+        (bpe / f'{split}.bin').write_bytes(bytes(1000))
+    for dataset in ('swaps', 'bpe'):
+        for script in ('eval.py', 'train.py'):
+            flags = [f'--out_dir={trained[0]}', '--eval_iters=1'] if script == 'eval.py' else [f'--init_from={trained[0]}', '--device=cpu']
+            assert 'trained with another tokenizer' in swapped.error(script, *flags, f'--dataset={dataset}')
+    assert 'data/poems/train.bin not found' in swapped.error('train.py', f'--init_from={trained[0]}', '--device=cpu', '--dataset=poems')
+    assert 'output is for benchmarks; add --tasks=' in swapped.error('eval.py', f'--out_dir={trained[0]}', '--output=r.json')
     assert 'data/poems/train.bin not found' in swapped.error('eval.py', f'--out_dir={trained[0]}', '--dataset=poems')
     assert 'eval_iters=0 must be at least 1' in swapped.error('eval.py', '--eval_iters=0')
 

@@ -109,7 +109,7 @@ def test_a_log_that_wandb_does_not_take_ends_no_run(tmp_path, monkeypatch, capsy
         raise RuntimeError('the wire is cut')
     client = SimpleNamespace(id='1', define_metric=lambda *args, **kwargs: None, log=log, finish=lambda: log(0))
     monkeypatch.setitem(sys.modules, 'wandb', SimpleNamespace(init=lambda **kwargs: client))
-    run = RunLog(str(tmp_path), {}, wandb={'id': None})
+    run = RunLog(str(tmp_path), {'wandb_log': True, 'wandb_project': '', 'wandb_run_name': ''})
     for i in range(3):
         run.row(iter=i, loss=1.0)
     run.close()

@@ -54,6 +54,7 @@ def test_a_nanogpt_checkpoint_is_sampled_with_its_datasets_vocabulary(project):
     (['--out_dir=nowhere'], 'nowhere/ckpt.pt not found'),
     (['--init_from=nowhere.pt'], 'nowhere.pt not found'),
     (['--init_from=gpt3'], 'gpt3 not found'),
+    (['--interactive=True', '--start=ROMEO'], 'type it at the prompt'),
     (['--num_samples=0'], 'num_samples=0 must be at least 1'),
     (['--temperature=-1'], 'must not be negative'),
     (['--dtype=int3'], "dtype='int3' is none of"),

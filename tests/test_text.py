@@ -170,7 +170,7 @@ def test_a_meta_that_describes_no_tokenizer_is_refused(meta):
     ({'a.parquet': b'hello'}, [], 'is no Parquet file'),
     ({'a.txt.gz': b'hello'}, [], 'is no whole gzip file'),
     ({'a.txt': b'text ' * 100}, ['--tokenizer=no/where'], "tokenizer='no/where' is none of 'char'"),
-    ({'a.txt': b'text ' * 100}, ['--tokenizer=train', '--vocab_size=100'], 'vocab_size=100 must be at least 257'),
+    ({'a.txt': b'text ' * 100}, ['--tokenizer=train', '--vocab_size=100'], 'vocab_size=100 must be from 257'),
     ({'a.jsonl': b'{"text": "hello"}\n'}, ['--column='], 'column must name'),
     ({'a.txt': b'text ' * 100}, ['--val_share=0'], 'must be between 0 and 1'),
     ({'a.txt': b'text ' * 100}, ['--dataset=../x'], 'must be the name of a folder'),
@@ -224,7 +224,7 @@ def test_prompts_are_read_but_not_learned(prepare, project, tmp_path):
 def test_a_mask_of_another_length_is_refused(tmp_path):
     np.zeros(500, dtype=np.uint16).tofile(tmp_path / 'train.bin')
     np.ones(499, dtype=np.uint8).tofile(tmp_path / 'train.mask')
-    with pytest.raises(ValueError, match='train.mask does not belong to'):
+    with pytest.raises(ValueError, match='train.mask is not of'):
         Loader(str(tmp_path / 'train.bin'), 8, 4, 10)
 
 

@@ -1,4 +1,3 @@
-import ast
 import json
 import os
 import shutil
@@ -10,7 +9,7 @@ import pytest
 import torch
 
 import checkpoint as ckpt
-from configurator import read_knobs, run_file
+from configurator import default_of, read_knobs, run_file
 from conftest import ROOT, TINY, write_dataset
 from model import GPT, GPTConfig
 from runlog import read_log
@@ -244,15 +243,16 @@ def test_the_compiled_model_trains_on_a_gpu(project):
     (['--dataset=poems'], 'data/poems/train.bin not found; prepare the dataset first: python data/text/prepare.py --input=... --dataset=poems'),
     (['--block_size=100000'], 'lower --block_size'),
     (['--n_embd=17'], 'n_embd=17 must be divisible by n_head=2: 17 / 2 = 8.50'),
+    (['--learning_rate=1e-6'], 'min_lr=6e-05 is more than learning_rate=1e-06; add --min_lr=1e-07'),
     (['--d_head=5'], 'n_embd=16 must be divisible by d_head=5'),
     (['--d_model=32'], 'n_embd=16 and d_model=32'),
     (['--init_from=resume', '--out_dir=out-nothing'], 'out-nothing/ckpt.pt not found'),
     (['--init_from=nowhere.pt'], 'nowhere.pt not found'),
-    (['--init_from=resume', '--out_dir=out-trained', '--n_layer=3'], 'the weights have n_layer=2, you ask for 3; drop --n_layer'),
+    (['--init_from=resume', '--out_dir=out-trained', '--n_layer=3'], 'the weights have n_layer=2, you ask for 3 (--n_layer=3); add --n_layer=2'),
     (['--init_from=resume', '--out_dir=out-trained', '--n_embd=32'], 'the weights have n_embd=16, you ask for 32'),
     (['--init_from=resume', '--out_dir=out-trained', '--bias=True'], 'the weights have bias=False'),
     (['--init_from=resume', '--out_dir=out-trained', '--block_size=32'], 'the weights have block_size=16, you ask for 32'),
-    (['--init_from=resume', '--out_dir=out-trained', '--dataset=other'], 'trained with another vocabulary'),
+    (['--init_from=resume', '--out_dir=out-trained', '--dataset=other'], 'trained with another tokenizer'),
     (['--out_dir=broken.py'], "cannot write into out_dir='broken.py'"),
     (['--out_dir='], "cannot write into out_dir=''"),
     (['--seed=-1'], 'seed=-1 must not be negative'),
@@ -358,7 +358,9 @@ def test_a_save_that_fails_leaves_the_old_pair(tmp_path, monkeypatch):
 def test_every_config_loads(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     knobs = {**read_knobs('model.py:GPTConfig'), **read_knobs('sample.py' if name.startswith('sample_') else 'train.py')}
-    scope = {k.name: ast.literal_eval(k.default) for k in knobs.values()}
+    scope = {}
+    for knob in knobs.values():
+        scope[knob.name] = default_of(knob, scope)
     assert run_file(f'config/{name}', scope, knobs, set())
 
 
@@ -405,4 +407,10 @@ def test_a_flags_word_for_a_size_takes_the_place_of_the_recipes(project):
     project.run('train.py', 'recipe.py', *flags, '--d_model=24', '--d_head=8', '--max_iters=1', '--out_dir=out-sizes')
     args = ckpt.load(str(project.path / 'out-sizes'))['model_args']
     assert (args['n_head'], args['n_embd']) == (3, 24)
+    (project.path / 'words.py').write_text('d_model = 24\nd_head = 8\n')
+    for args, sizes in ((['recipe.py', '--n_head=3', '--d_head=4'], (3, 12)), (['recipe.py', 'words.py'], (3, 24)), (['words.py', 'recipe.py'], (2, 16)),
+                        (['words.py', '--n_embd=32'], (4, 32)), (['words.py', '--n_head=2'], (2, 24)), (['out-sizes/config.py', '--d_model=12'], (3, 12))):
+        project.run('train.py', *args, *flags, '--max_iters=1', '--out_dir=out-words')
+        args = ckpt.load(str(project.path / 'out-words'))['model_args']
+        assert (args['n_head'], args['n_embd']) == sizes
     assert 'n_embd=16 and d_model=24 are two words' in project.error('train.py', *flags, '--n_head=2', '--n_embd=16', '--d_model=24')

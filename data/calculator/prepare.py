@@ -16,9 +16,9 @@ from configurator import configure
 
 num_examples = 2000000 # lines, train and val together
 seed = 1337 # the same seed gives the same files
-max_operations = 2 # 1 or 2
-max_digits = 3 # before the point
-max_places = 4 # after it, 0 to 4; three in five numbers are integers
+max_operations = 2 # operations in an expression at most, 1 or 2
+max_digits = 3 # digits before the point at most, 1 to 6
+max_places = 4 # digits after it at most, 0 to 4; three in five numbers are integers
 operators = '++--*/' # each as often as it stands here: sums are what a small model can learn
 reverse_answer = False # True: answers from their last digit to their first, as one computes them on paper
 if __name__ == '__main__':

@@ -207,7 +207,7 @@ if __name__ == '__main__':
     if not 0 < val_share < 1:
         raise ValueError(f'val_share={val_share} must be between 0 and 1')
     if tokenizer == 'train' and not 257 <= vocab_size <= 1_000_000:
-        raise ValueError(f'vocab_size={vocab_size} must be at least 257: the bytes and <|endoftext|>')
+        raise ValueError(f'vocab_size={vocab_size} must be from 257 (the bytes and <|endoftext|>) to 1,000,000')
     if not dataset or os.path.basename(dataset) != dataset or dataset in ('.', '..'):
         raise ValueError(f'dataset={dataset!r} must be the name of a folder in data/')
     if input:
