@@ -1,6 +1,6 @@
 """
-Processes: how several of them meet, agree and share one model, and how one is asked to stop. The first is
-all torch's own: torchrun starts them, DDP or FSDP2 spreads the model. Without torchrun there is one process,
+Several processes: how they meet, agree and share one model, and how one is asked to stop. The sharing is
+torch's own: torchrun starts them, DDP or FSDP2 spreads the model. Without torchrun there is one process,
 and the functions that ask the others answer for it alone.
 """
 
