@@ -222,7 +222,7 @@ def save(name='ckpt.pt'):
 # -----------------------------------------------------------------------------
 # loop
 tokens_per_micro_batch = batch_size * block_size
-growth = gradient_accumulation_steps, batch_size_warmup_iters
+growth = gradient_accumulation_steps, batch_size_warmup_iters # of the batch
 batches = train_data.train_batches(deal(iter_num, *growth, rank, world_size), device)
 if not eval_only:
     stop = parallel.StopSignals() # true once SIGINT, SIGTERM, SIGHUP or SIGUSR1 has come
