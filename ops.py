@@ -33,14 +33,14 @@ def fast_bfloat16(device):
     return device.type == 'cpu' and any(test() for test in tests)
 
 
-def own_backward(x):
-    """Is our own backward to be used: are gradients wanted, x on a CPU, and nothing compiled? Torch's is slower there."""
+def own_way(x):
+    """Is our own way to compute faster than torch's: on a CPU, where gradients are wanted and nothing is compiled?"""
     return torch.is_grad_enabled() and x.device.type == 'cpu' and not torch.compiler.is_compiling()
 
 
 def linear(x, weight, bias=None):
     """F.linear, by the faster of torch's libraries: for small products it makes no difference."""
-    if AMD and own_backward(x) and x.numel() * len(weight) >= 2**28: # multiplications
+    if AMD and own_way(x) and x.numel() * len(weight) >= 2**28: # multiplications
         if x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled('cpu'):
             return Product.apply(x, weight, bias)
     return F.linear(x, weight, bias)
@@ -129,7 +129,7 @@ def dropout(x, p, training):
     """
     if not training or p == 0.0:
         return x
-    if not own_backward(x):
+    if not own_way(x):
         return F.dropout(x, p)
     cut = min(65535, round(p * 65536)) # p in steps of 1/65536
     bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-2**63, None)
@@ -145,7 +145,7 @@ def seed_dropout(seed, iteration, number):
 
 def rms_norm(x):
     """x over the root of its mean square in the last dimension (Zhang & Sennrich 2019)."""
-    return RMSNormFunction.apply(x) if own_backward(x) else F.rms_norm(x, (x.size(-1),), eps=1e-6)
+    return RMSNormFunction.apply(x) if own_way(x) else F.rms_norm(x, (x.size(-1),), eps=1e-6)
 
 
 class RMSNormFunction(torch.autograd.Function):
@@ -168,7 +168,7 @@ class RMSNormFunction(torch.autograd.Function):
 
 def relu2(x):
     """max(x, 0) squared (So et al. 2021)."""
-    if own_backward(x):
+    if own_way(x):
         return ReLU2.apply(x)
     x = F.relu(x)
     return x * x # .square() would be float32 in CUDA's autocast
@@ -199,7 +199,7 @@ def rotary_table(at, hs):
 def rotate(x, cos, sin):
     """Turn x (B, nh, T, hs) by its positions."""
     cos, sin = cos.type_as(x), sin.type_as(x)
-    return Rotation.apply(x, cos, sin) if own_backward(x) else x * cos + x.roll(x.size(-1) // 2, -1) * sin
+    return Rotation.apply(x, cos, sin) if own_way(x) else x * cos + x.roll(x.size(-1) // 2, -1) * sin
 
 
 class Rotation(torch.autograd.Function):
