@@ -137,7 +137,8 @@ def matmul_ceiling(dtype=DTYPES[dtype], repeats=5):
     n = 8192 if kind == 'cuda' else 2048
     a, layer = torch.randn(n, n, device=device, dtype=dtype), Linear(n, n, bias=False, device=device, dtype=dtype)
     products = {'torch': lambda: a @ layer.weight.detach(), 'ours': lambda: layer(a)} # with gradients wanted, as in training, they differ
-    taken = in_turn({name: lambda product=product: [product() for _ in range(repeats)] for name, product in products.items()}, 5) # a GPU is asked for the time once
+    many = {name: lambda product=product: [product() for _ in range(repeats)] for name, product in products.items()} # a GPU is asked for the time once
+    taken = in_turn(many, 5)
     return repeats * 2 * n**3 / min(map(median, taken.values()))
 
 def copy_ceiling(device=device, size=2**26):
@@ -216,8 +217,8 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if log: # a row at every step
-            log.row(iter=0, tokens=0, loss=loss.item(), lr=1e-4, grad_norm=grad_norm.item(), clipped=self.clipped.item(), bad_steps=int(self.bad_in_row),
-                    tokens_per_second=0.0, memory_gb=memory_gb(device))
+            log.row(iter=0, tokens=0, loss=loss.item(), lr=1e-4, grad_norm=grad_norm.item(), clipped=self.clipped.item(),
+                    bad_steps=int(self.bad_in_row), tokens_per_second=0.0, memory_gb=memory_gb(device))
             vars(self.optimizer).pop('found_inf', None) # the scaler of float16 takes it away itself
         ticks.append(clock())
         return [b - a for a, b in zip(ticks, ticks[1:])]
@@ -225,7 +226,8 @@ class Trainer:
 def rival(compare):
     """The Trainer that a word of `compare` names; what is not our network takes AdamW."""
     if compare.startswith('--'):
-        knobs = {'optimizer': read_knobs(__file__, globals())['optimizer'], **read_knobs(os.path.join(os.path.dirname(__file__), 'model.py:GPTConfig'))}
+        networks = read_knobs(os.path.join(os.path.dirname(__file__), 'model.py:GPTConfig'))
+        knobs = {'optimizer': read_knobs(__file__, globals())['optimizer'], **networks}
         (name, (value, where)), = read_flag(compare, knobs).items()
         others = {'optimizer': optimizer, name: fit(knobs[name], value, where)}
         one_of(others, optimizer=('adamw', 'muon'))
@@ -470,9 +472,11 @@ def project():
         model = make_model()
     per_token, num_params = model.flops_per_token(), sum(p.numel() for p in model.parameters())
     iterations = tokens / tokens_per_iter
-    print(f'{num_params / 1e6:.1f}M parameters; {per_token / 1e6:,.0f} MFLOP a token x {tokens / 1e9:g} billion tokens = {per_token * tokens:.2e} FLOP\n'
+    print(f'{num_params / 1e6:.1f}M parameters; {per_token / 1e6:,.0f} MFLOP a token x {tokens / 1e9:g} billion tokens = '
+          f'{per_token * tokens:.2e} FLOP\n'
           f'{iterations:,.0f} iterations of {tokens_per_iter:,.0f} tokens, at {mfu:.0%} of {peak_tflops:g} TFLOP/s a GPU\n'
-          f'gradients: {4 * num_params / 1e9:.2f} GB in float32; they travel 2 (n - 1) / n times, at {nvlink:g} GB/s within a machine of 8, {min(nvlink, network):g} GB/s between\n')
+          f'gradients: {4 * num_params / 1e9:.2f} GB in float32; they travel 2 (n - 1) / n times, at {nvlink:g} GB/s within a machine of 8, '
+          f'{min(nvlink, network):g} GB/s between\n')
     print(f'  {"GPUs":>6} {"tokens a GPU":>13} {"compute":>10} {"exchange":>10} {"of compute":>11} {"iteration":>10} {"whole run":>11} {"price":>9}')
     for n in gpus:
         compute = per_token * tokens_per_iter / n / (mfu * peak_tflops * 1e12)
@@ -484,7 +488,8 @@ def project():
         figures[f'{n} GPUs'] = {'value': hours, 'unit': 'hours', 'note': f'{exchange / compute:.1%} of the compute is exchanged'}
     print('\nof one micro-batch each; what does not hide behind backward, two thirds of the compute, adds to the iteration; latencies are left out')
 
-{'train': bench_train, 'generate': bench_generate, 'data': bench_data, 'optimizer': bench_optimizer, 'growth': bench_growth, 'project': project}[mode]()
+{'train': bench_train, 'generate': bench_generate, 'data': bench_data,
+ 'optimizer': bench_optimizer, 'growth': bench_growth, 'project': project}[mode]()
 if json:
     machine = torch.cuda.get_device_name(device) if kind == 'cuda' else f'{torch.get_num_threads()} threads'
     with open(json, 'w', encoding='utf-8') as f:

@@ -276,7 +276,8 @@ def where_it_stood(folder, checkpoint):
     """
     iter_num = checkpoint['iter_num']
     if agree(iter_num) != iter_num:
-        raise ValueError(f'{checkpoint["path"]} is at iteration {iter_num} here and another at rank 0; out_dir must be one folder that all machines see')
+        raise ValueError(f'{checkpoint["path"]} is at iteration {iter_num} here and another at rank 0; '
+                         'out_dir must be one folder that all machines see')
     best_file = agree(os.environ.get('RANK', '0') == '0' and own_best(folder, checkpoint)) # rank 0's
     return iter_num, float(checkpoint.get('best_val_loss', 'inf')), checkpoint.get('best_iter', iter_num), best_file, checkpoint.get('run_id')
 
@@ -336,7 +337,8 @@ def load_optimizer(optimizer, scaler, checkpoint):
                     raise ValueError(f'{tuple(t.shape)} for a parameter of {tuple(params[i].shape)}')
                 tensors[name] = shard_like(t, params[i]) if torch.is_tensor(t) else t
         for group, ours in zip(state['param_groups'], optimizer.param_groups):
-            group.update({name: ours[name] for name in ('fused', 'foreach', 'weight_decay', 'betas', 'lr_scale') if name in ours}) # today's knobs count
+            todays = ('fused', 'foreach', 'weight_decay', 'betas', 'lr_scale') # what the knobs say now counts
+            group.update({name: ours[name] for name in todays if name in ours})
         optimizer.load_state_dict(state)
         if state.get('scaler'): # empty unless float16
             scaler.load_state_dict(state['scaler'])

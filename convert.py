@@ -25,7 +25,8 @@ to = 'transformers' # or 'flatgpt'
 # -----------------------------------------------------------------------------
 
 # what each architecture of transformers is, in our knobs; the rest is free. Its biases are ours too, where bias=False has zeros
-GPT2_KNOBS = dict(pos='learned', norm='layernorm', activation='gelu', qk_norm=False, tie_embeddings=True, embed_norm=False, logit_cap=0.0, n_kv_head=None)
+GPT2_KNOBS = dict(pos='learned', norm='layernorm', activation='gelu', qk_norm=False, tie_embeddings=True, embed_norm=False,
+                  logit_cap=0.0, n_kv_head=None)
 SIZES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl') # names of OpenAI's weights on the hub
 NANOCHAT_KNOBS = dict(pos='rotary', norm='rmsnorm', activation='relu2', qk_norm=True, tie_embeddings=False, embed_norm=True, bias=False)
 
@@ -110,10 +111,11 @@ def gpt2_config(hf):
 
 def nanochat_config(hf):
     """GPTConfig's arguments for a NanoChatConfig, a ValueError where ours has no such network."""
-    theta = (hf.rope_parameters or {}).get('rope_theta', 10000.0)
-    for knob, value, ours in (('hidden_act', hf.hidden_act, 'relu2'), ('attention_bias', hf.attention_bias, False), ('rope_theta', theta, 10000.0),
-                              ('intermediate_size', hf.intermediate_size, 4 * hf.hidden_size), ('tie_word_embeddings', hf.tie_word_embeddings, False),
-                              ('rms_norm_eps', hf.rms_norm_eps, 1e-6), ('rope_type', (hf.rope_parameters or {}).get('rope_type', 'default'), 'default')):
+    rope = hf.rope_parameters or {}
+    for knob, value, ours in (('hidden_act', hf.hidden_act, 'relu2'), ('attention_bias', hf.attention_bias, False),
+                              ('intermediate_size', hf.intermediate_size, 4 * hf.hidden_size),
+                              ('tie_word_embeddings', hf.tie_word_embeddings, False), ('rms_norm_eps', hf.rms_norm_eps, 1e-6),
+                              ('rope_theta', rope.get('rope_theta', 10000.0), 10000.0), ('rope_type', rope.get('rope_type', 'default'), 'default')):
         if value != ours:
             raise ValueError(f'it has {knob}={value!r}, only {ours!r} has a home here')
     heads = hf.num_key_value_heads
@@ -126,7 +128,8 @@ def tokenizer_of(name):
     """The meta of the tokenizer that comes with weights in the format of transformers, GPT2's where it is GPT-2's; None where none comes."""
     if name in SIZES:
         return dict(GPT2)
-    if os.path.isdir(name) and not any(os.path.exists(os.path.join(name, file)) for file in ('tokenizer.json', 'tokenizer_config.json', 'vocab.json')):
+    files = ('tokenizer.json', 'tokenizer_config.json', 'vocab.json')
+    if os.path.isdir(name) and not any(os.path.exists(os.path.join(name, file)) for file in files):
         return None
     meta = hub_meta(name)
     import json
@@ -164,7 +167,8 @@ def to_transformers(model, meta, folder, figures=None):
     eot = from_meta(meta).eot if meta else None
     theirs = {}
     if not differs['GPT2LMHeadModel']:
-        sizes = dict(n_positions=cfg.block_size, vocab_size=cfg.vocab_size, n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd, n_inner=4 * cfg.n_embd)
+        sizes = dict(n_positions=cfg.block_size, vocab_size=cfg.vocab_size, n_layer=cfg.n_layer, n_head=cfg.n_head,
+                     n_embd=cfg.n_embd, n_inner=4 * cfg.n_embd)
         attn_dropout = cfg.dropout if cfg.attn_dropout is None else cfg.attn_dropout
         drop = dict(resid_pdrop=cfg.dropout, embd_pdrop=cfg.dropout, attn_pdrop=attn_dropout)
         export = GPT2LMHeadModel(GPT2Config(**sizes, **drop, bos_token_id=eot, eos_token_id=eot))
@@ -221,7 +225,8 @@ def fast_tokenizer(meta, block_size):
         bpe = Tokenizer(models.WordLevel(meta['stoi']))
         bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.Split(Regex('[\\s\\S]'), 'isolated'), decoders.Fuse()
         eot = eot if meta.get('eot') is not None else None
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=eot, eos_token=eot, model_max_length=block_size, clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=eot, eos_token=eot, model_max_length=block_size,
+                                   clean_up_tokenization_spaces=False)
 
 
 def model_card(model, architecture, name, figures):
@@ -262,8 +267,8 @@ if __name__ == '__main__':
             model=model.state_dict(), model_args=vars(model.config), meta=meta, config=config, iter_num=loaded.get('iter_num', 0),
             best_val_loss=float(loaded.get('best_val_loss', 'inf'))))
     else:
-        figures = {name: config[name] for name in ('dataset', 'optimizer', 'learning_rate', 'batch_size', 'gradient_accumulation_steps', 'block_size', 'seed')
-                   if name in config}
+        told = ('dataset', 'optimizer', 'learning_rate', 'batch_size', 'gradient_accumulation_steps', 'block_size', 'seed')
+        figures = {name: config[name] for name in told if name in config}
         val_loss = float(loaded.get('best_val_loss', 'inf'))
         figures = {'iterations': f'{loaded["iter_num"]:,}', 'validation loss (nats per token)': f'{val_loss:.4f}', **figures} if config else {}
         to_transformers(model, meta, output, figures)

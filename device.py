@@ -92,7 +92,8 @@ def resolve(device, dtype, compile, quantize=''):
 def cpu_threads(root='/sys'):
     """
     How many threads suit this process on Linux: torch's own choice, the physical cores. But torchrun sets OMP_NUM_THREADS=1,
-    which leaves cores idle (and looks like a 1 of the user's own), so there they are dealt out; and a container may be allowed less processor time than it sees cores.
+    which leaves cores idle (and looks like a 1 of the user's own), so there they are dealt out; and a container may be allowed
+    less processor time than it sees cores.
     """
     def read(path):
         try:
@@ -138,7 +139,9 @@ def peak_flops(device, dtype):
     if 'cuda' not in device or dtype == 'float32':
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for start, peak in PEAK_FLOPS.items() if re.match(rf'{start}\b', name) and not {'Laptop', 'Ti', 'D', 'MIG'} & set(name.split())), None)
+    if {'Laptop', 'Ti', 'D', 'MIG'} & set(name.split()): # these are slower
+        return None
+    return next((peak for start, peak in PEAK_FLOPS.items() if re.match(rf'{start}\b', name)), None)
 
 
 def memory_gb(device):

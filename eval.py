@@ -126,7 +126,8 @@ for split in ('train', 'val'):
     if not count:
         raise ValueError(f'{data.path}: none of the targets in {eval_iters} batches count; raise --eval_iters')
     bits = loss / math.log(2) * count / parallel.total(num_bytes).item()
-    say(f'{split:<5} loss {loss:.4f}, perplexity {math.exp(loss) if loss < 700 else math.inf:.3f}, {bits:.4f} bits per byte, over {count:,.0f} tokens{" of answers" if data.masked else ""}')
+    perplexity = math.exp(loss) if loss < 700 else math.inf
+    say(f'{split:<5} loss {loss:.4f}, perplexity {perplexity:.3f}, {bits:.4f} bits per byte, over {count:,.0f} tokens' + ' of answers' * data.masked)
 
 # -----------------------------------------------------------------------------
 # exact match of tasks on lines: each line a question, the mark, an answer

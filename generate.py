@@ -34,7 +34,8 @@ class KVCache:
     def bias(self, at, held, dtype):
         """What is added to the attention scores of columns `at` (T,) for the columns `held` in the slots (S,)."""
         distance = at[:, None] - held # (T, S)
-        seen = (distance >= 0) & (held >= self.pad[:, None, None]) | (distance == 0) # (B, T, S); an empty column sees itself: a row of -inf alone would give nan
+        # an empty column sees itself: a row of -inf alone would give nan
+        seen = (distance >= 0) & (held >= self.pad[:, None, None]) | (distance == 0) # (B, T, S)
         bias = torch.zeros(seen.shape, device=at.device).masked_fill(~seen, float('-inf'))[:, None]
         if self.config.pos == 'alibi':
             bias = bias - alibi_slopes(self.config.n_head, at.device)[:, None, None] * distance

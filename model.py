@@ -35,7 +35,7 @@ class GPTConfig:
     n_kv_head: int | None = None # heads of keys and values, shared by groups of queries (Ainslie et al. 2023); None: n_head
     init: str = 'gpt2' # or 'zero_proj': what adds to the residual stream, and an untied head, start at zero
     attn_dropout: float | None = None # dropout on attention weights, None: as dropout
-    lora_rank: int = 0 # to fine-tune: learn corrections of this rank to the blocks' matrices, and nothing else (Hu et al. 2021); 0: everything is learned
+    lora_rank: int = 0 # learn nothing but corrections of this rank to the blocks' matrices (Hu et al. 2021); 0: everything is learned
 
     def __post_init__(self):
         choices = {'pos': ('learned', 'rotary', 'alibi', 'none'), 'norm': ('layernorm', 'rmsnorm'),

@@ -97,13 +97,14 @@ class Muon(torch.optim.AdamW):
             p.grad = None
 
 
-def configure(model, rates, weight_decay, learning_rate, betas, device_type):
+def configure(model, rates, weight_decay, learning_rate, betas, device_type, given={}):
     """
     Muon for the matrices in the blocks of `model` (a GPT), AdamW for embeddings, head and vectors.
 
     rates: {'matrix_lr', 'embed_lr', 'head_lr'}, where None takes the default. Muon's is the same for all sizes,
     since its steps have the same norm whatever the gradient; AdamW's fall with the root of the width (nanochat).
-    They rise and fall in step with the schedule of learning_rate, which by itself is that of the vectors.
+    They rise and fall in step with the schedule of learning_rate, which by itself is that of the vectors; a flag for it
+    (`given`, as of configurator.py) is a ValueError where there are none.
     """
     width = (model.config.n_embd / 768) ** -0.5
     matrix_lr, embed_lr, head_lr = (default if rates[name] is None else rates[name] for name, default in
@@ -119,6 +120,8 @@ def configure(model, rates, weight_decay, learning_rate, betas, device_type):
     # at the rate of the tokens they are added to, so that neither drowns the other
     positions = [p for name, p in params.items() if name.endswith('wpe.weight')]
     vectors = [p for name, p in params.items() if p.dim() < 2]
+    if not vectors and not rates.get('min_lr') and given.get('learning_rate', '').startswith('--'):
+        raise ValueError('learning_rate is that of biases and norms beside muon, and this network has none; set --matrix_lr, --embed_lr or --head_lr')
     groups = [dict(params=matrices, muon=True, momentum=0.95, steps=0, weight_decay=weight_decay, lr_scale=scale(matrix_lr)),
               dict(params=embeddings, weight_decay=0.0, lr_scale=scale(embed_lr)),
               dict(params=positions, weight_decay=0.0, lr_scale=scale(head_lr if model.config.tie_embeddings else embed_lr)),

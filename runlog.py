@@ -70,7 +70,8 @@ class RunLog:
             self.wandb.define_metric('*', step_metric='iter') # a resumed run draws on from where it stopped
         # a bar on a terminal, plain lines into files and pipes
         plain = quiet or not (sys.stdout.isatty() and sys.stderr.isatty())
-        self.bar = tqdm(total=config.get('max_iters'), initial=iter_num, dynamic_ncols=True, disable=plain, smoothing=0, # time left: at the speed so far, evaluations included
+        self.bar = tqdm(total=config.get('max_iters'), initial=iter_num, dynamic_ncols=True, disable=plain,
+                        smoothing=0, # time left: at the speed so far, evaluations included
                         bar_format='{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]')
         self.started = self.last_time = time.perf_counter() # of no calendar: never set back, fine on Windows too
         self.last_iter = self.last_row = iter_num
@@ -99,7 +100,8 @@ class RunLog:
         dt = max(now - self.last_time, 1e-9) / steps # seconds per iteration
         speed = (tokens - self.last_tokens) / steps / dt
         mfu = speed / peak_speed if peak_speed else None
-        self.row(iter=iter_num, tokens=tokens, loss=loss, clipped=clipped / (iter_num + 1 - self.last_row), tokens_per_second=speed, mfu=mfu, **numbers)
+        self.row(iter=iter_num, tokens=tokens, loss=loss, clipped=clipped / (iter_num + 1 - self.last_row),
+                 tokens_per_second=speed, mfu=mfu, **numbers)
         text = f'{speed:,.0f} tok/s' + (f', mfu {mfu * 100:.1f}%' if mfu else '')
         if self.bar.disable and not self.quiet:
             say(f'iter {iter_num}: loss {loss:.4f}, {dt * 1000:.2f} ms, {text}')

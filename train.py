@@ -71,7 +71,7 @@ backend = 'auto' # between processes: 'nccl' for GPUs, 'gloo' for CPUs
 dist_timeout = 600 # seconds without an answer after which another process is given up; longer than a save takes
 fsdp = False # True: share weights and optimizer state between processes (FSDP2), for models larger than a GPU
 gradient_checkpointing = False # True: recompute activations in backward, a third more work for less memory
-loss_chunk = 0 # positions whose logits are computed at a time, 0: all; saves memory with large vocabularies, for one more product with the head
+loss_chunk = 0 # positions whose logits are computed at a time, 0: all; less memory with large vocabularies, for one more product with the head
 device = 'auto' # 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto' # 'float32', 'bfloat16', 'float16', or 'fast': as 'auto', but bfloat16 on CPUs that multiply it faster
 compile: bool | str = 'auto' # torch.compile: a slow start, then faster steps; 'auto': on GPUs that Triton supports
@@ -81,6 +81,7 @@ config, given = configure(globals(), model='model.py:GPTConfig') # from here on 
 # imports come after the knobs, so that --help and a mistyped flag answer before torch has loaded
 import math
 import os
+import shlex
 
 import torch
 import torch.distributed as dist
@@ -91,7 +92,7 @@ import checkpoint as ckpt
 import muon
 import parallel
 from data.lines import read_lines
-from data.loader import Loader, deal, micro_batches
+from data.loader import Loader, deal, micro_batches, must_exist
 from data.tokenizer import dataset_meta, model_vocab_size
 from device import autocast, memory_gb, peak_flops, resolve, tune
 from model import GPT, GPTConfig
@@ -124,6 +125,7 @@ master_process = rank == 0 # the one that prints and writes
 # -----------------------------------------------------------------------------
 # model
 data_dir = os.path.join('data', dataset)
+must_exist(os.path.join(data_dir, 'train.bin')) # before weights are fetched for nothing
 meta = dataset_meta(data_dir) # of its tokenizer, travels in the checkpoint
 own = os.path.join(out_dir, 'ckpt.pt') # this run's
 init_from = ckpt.where_from(init_from, own, config) # 'auto', and a restart by torchrun after a fault, may mean 'resume'
@@ -166,7 +168,7 @@ say(f'model: {model.get_num_params() / 1e6:.2f}M parameters on {device}, {dtype}
 # optimizer, and where the run stands
 scaler = torch.amp.GradScaler(enabled=dtype == 'float16') # does nothing unless float16
 settings = weight_decay, learning_rate, (beta1, beta2), device.partition(':')[0]
-optimizer = muon.configure(model, config, *settings) if optimizer == 'muon' else model.configure_optimizers(*settings)
+optimizer = muon.configure(model, config, *settings, given) if optimizer == 'muon' else model.configure_optimizers(*settings)
 iter_num, best_val_loss, best_iter, best_file, run_id = 0, float('inf'), 0, None, None # best_file: of the best weights; run_id: wandb's
 if init_from == 'resume':
     ckpt.load_optimizer(optimizer, scaler, loaded)
@@ -294,7 +296,7 @@ while True:
         save()
         save_due = False
     if stopping and (not bad or not max_bad_steps):
-        ended = 'stopped' + (', go on by the same command with --init_from=resume: ' if iter_num else ' before the first step: ')
+        ended = 'stopped: '
         break
 
     # every rank takes the same step
@@ -325,8 +327,9 @@ if not eval_only:
     log.close()
     say(f'{ended}iteration {iter_num}, {log.seconds():.1f} s of training, best val loss {best_val_loss:.4f}')
     if os.path.exists(own):
-        say(f'next: python sample.py --out_dir={out_dir}')
+        say('next: ' + ('the same command with --init_from=resume' if ended == 'stopped: ' else f'python sample.py --out_dir={shlex.quote(out_dir)}'))
     if not all(saved.values()):
-        problem = f'{" and ".join(n for n in saved if not saved[n])} could not be written at the last attempt; what {out_dir} holds is older, if anything'
+        lost = ' and '.join(name for name in saved if not saved[name])
+        problem = f'{lost} could not be written at the last attempt; what {out_dir} holds is older, if anything'
     if problem and master_process:
         fail(problem, 1)

@@ -107,7 +107,8 @@ def write_lines(folder, make, num_examples, seed, mark='=', val_share=0.05):
     paths = {split: os.path.join(folder, f'{split}.txt.partial') for split in ('train', 'val')}
     counts, written = {'train': 0, 'val': 0}, 0
     try:
-        with open(paths['train'], 'wb') as train, open(paths['val'], 'wb') as val, tqdm(total=num_examples, unit='line', unit_scale=True, desc='writing', disable=None) as bar:
+        bar = tqdm(total=num_examples, unit='line', unit_scale=True, desc='writing', disable=None)
+        with open(paths['train'], 'wb') as train, open(paths['val'], 'wb') as val, bar:
             while written < num_examples:
                 questions, answers = make(rng, 50_000)
                 column = lambda char: np.full((len(questions), 1), ord(char), dtype=np.uint8)

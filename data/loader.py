@@ -70,6 +70,19 @@ def deal(iteration, most, warmup_iters, rank, world_size):
         iteration += 1
 
 
+def must_exist(path):
+    """Raise a FileNotFoundError that tells how to prepare the dataset, if the .bin file at `path` is not there."""
+    if os.path.isfile(path):
+        return
+    folder = os.path.dirname(path)
+    script = os.path.join(folder, 'prepare.py')
+    if not os.path.exists(script):
+        there = glob.glob(os.path.join(os.path.dirname(folder), '*', 'train.bin'))
+        names = ', '.join(sorted(os.path.basename(os.path.dirname(name)) for name in there)) or 'none'
+        script = f'data/text/prepare.py --input=... --dataset={os.path.basename(folder)} (prepared are: {names})'
+    raise FileNotFoundError(f'{path} not found; prepare the dataset first: python {script}')
+
+
 class Loader:
     """A .bin file of token ids (uint16, or what the meta.pkl beside it says), cut into training batches and fixed validation windows."""
 
@@ -80,13 +93,7 @@ class Loader:
         vocab_size: ids at or beyond it raise a ValueError; so do a missing file and one that is too short
         """
         folder = os.path.dirname(path)
-        if not os.path.isfile(path):
-            script = os.path.join(folder, 'prepare.py')
-            if not os.path.exists(script):
-                there = glob.glob(os.path.join(os.path.dirname(folder), '*', 'train.bin'))
-                names = ', '.join(sorted(os.path.basename(os.path.dirname(name)) for name in there)) or 'none'
-                script = f'data/text/prepare.py --input=... --dataset={os.path.basename(folder)} (prepared are: {names})'
-            raise FileNotFoundError(f'{path} not found; prepare the dataset first: python {script}')
+        must_exist(path)
         dtype = np.dtype(dataset_meta(folder).get('dtype', 'uint16'))
         size = os.path.getsize(path)
         count, rest = divmod(size, dtype.itemsize)

@@ -76,7 +76,8 @@ def write_documents(folder, pieces_after, source, meta=None, total=None, unit='d
         try:
             with open(journal, encoding='utf-8') as f:
                 saved = json.load(f)
-            there = all(os.path.getsize(path + '.partial') >= n * saved[split] for n, kind in ((width, paths), (1, masks)) for split, path in kind.items())
+            there = all(os.path.getsize(path + '.partial') >= n * saved[split]
+                        for n, kind in ((width, paths), (1, masks)) for split, path in kind.items())
             progress = saved if there and saved.keys() == progress.keys() and saved['source'] == source else progress
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             pass # a journal that is damaged, or without its files, is none
@@ -114,7 +115,8 @@ def write_documents(folder, pieces_after, source, meta=None, total=None, unit='d
 
     cores, done = os.cpu_count(), False
     try:
-        with tqdm(total=total, initial=progress['size'], unit=unit, unit_scale=True, desc='tokenizing', disable=None) as bar, ThreadPoolExecutor(cores) as pool:
+        bar = tqdm(total=total, initial=progress['size'], unit=unit, unit_scale=True, desc='tokenizing', disable=None)
+        with bar, ThreadPoolExecutor(cores) as pool:
             waiting, batch, length = deque(), [], 0
             for piece in pieces_after(progress['pieces']):
                 batch.append(piece)
@@ -147,7 +149,8 @@ def write_documents(folder, pieces_after, source, meta=None, total=None, unit='d
             for path in (journal, *(path + '.partial' for path in files)):
                 if os.path.exists(path):
                     os.remove(path)
-    for path in [os.path.join(folder, name) for name in ('train.bin', 'val.bin', 'train.mask', 'val.mask', 'meta.pkl')]: # nothing stands beside what belongs to another
+    # nothing stands beside what belongs to another
+    for path in [os.path.join(folder, name) for name in ('train.bin', 'val.bin', 'train.mask', 'val.mask', 'meta.pkl')]:
         if os.path.exists(path):
             os.remove(path)
     if meta:

@@ -126,7 +126,7 @@ def test_a_signal_ends_a_run_with_all_its_work_saved(runs, straight, tried, name
     os.kill(pid, getattr(signal, name))
     assert runs.wait(pid) == 0
     text = runs.text(out)
-    assert 'stopped, go on by the same command with --init_from=resume: iteration ' in text
+    assert 'stopped: iteration ' in text and 'next: the same command with --init_from=resume' in text
     stopped = saved_at(runs.project.path / out)
     assert 20 < stopped < 100 and f'iteration {stopped},' in text
     last = max(row['iter'] for row in read_log(runs.project.path / out / 'log.csv'))

@@ -179,7 +179,7 @@ def test_a_signal_to_torchrun_saves_and_ends_all(project, launch, tried):
     torchrun.send_signal(signal.SIGUSR1)
     assert torchrun.wait(60) != 0 # so that a job script can tell it from the end of training
     text = (project.path / 'term.txt').read_text()
-    stopped = int(re.search(r'--init_from=resume: iteration (\d+)', text)[1])
+    stopped = int(re.search(r'stopped: iteration (\d+)', text)[1])
     assert ckpt.load(str(project.path / 'out-term'))['iter_num'] == stopped
     tried('SIGUSR1 to torchrun with 2 workers', 'once', 'all saved at the same iteration, nothing lost')
 

