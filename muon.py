@@ -121,7 +121,7 @@ def configure(model, rates, weight_decay, learning_rate, betas, device_type, giv
     positions = [p for name, p in params.items() if name.endswith('wpe.weight')]
     vectors = [p for name, p in params.items() if p.dim() < 2]
     if not vectors and not rates.get('min_lr') and given.get('learning_rate', '').startswith('--'):
-        raise ValueError('learning_rate is that of biases and norms beside muon, and this network has none; set --matrix_lr, --embed_lr or --head_lr')
+        raise ValueError('learning_rate is that of biases and norms beside muon, and none are trained here; set --matrix_lr, --embed_lr or --head_lr')
     groups = [dict(params=matrices, muon=True, momentum=0.95, steps=0, weight_decay=weight_decay, lr_scale=scale(matrix_lr)),
               dict(params=embeddings, weight_decay=0.0, lr_scale=scale(embed_lr)),
               dict(params=positions, weight_decay=0.0, lr_scale=scale(head_lr if model.config.tie_embeddings else embed_lr)),

@@ -235,6 +235,7 @@ peak_speed = world_size * (peak_flops(device, dtype) or 0) / raw_model.flops_per
 bad_in_row, bad_steps, clipped = torch.zeros(3, device=device) # bad steps in a row; bad and clipped ones since the last log
 save_due, saved = False, {} # is a save due; whether each file took what was last written to it
 ended = problem = '' # why the run ends early; what makes its exit code 1
+next_command = f'python sample.py --out_dir={shlex.quote(out_dir)}' # what to type after the run
 while True:
 
     # every rank sets the learning rate and the number of micro-batches of this iteration
@@ -296,7 +297,7 @@ while True:
         save()
         save_due = False
     if stopping and (not bad or not max_bad_steps):
-        ended = 'stopped: '
+        ended, next_command = 'stopped: ', 'the same command with --init_from=resume'
         break
 
     # every rank takes the same step
@@ -327,7 +328,7 @@ if not eval_only:
     log.close()
     say(f'{ended}iteration {iter_num}, {log.seconds():.1f} s of training, best val loss {best_val_loss:.4f}')
     if os.path.exists(own):
-        say('next: ' + ('the same command with --init_from=resume' if ended == 'stopped: ' else f'python sample.py --out_dir={shlex.quote(out_dir)}'))
+        say(f'next: {next_command}')
     if not all(saved.values()):
         lost = ' and '.join(name for name in saved if not saved[name])
         problem = f'{lost} could not be written at the last attempt; what {out_dir} holds is older, if anything'
