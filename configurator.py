@@ -261,8 +261,9 @@ def print_help(ns, knobs):
 
 def one_line_errors(kind, error, trace):
     """
-    sys.excepthook: an error that our own code raised on purpose, and a file that cannot be opened, is a message to
-    the user, one line and exit code 2; so is too little memory, exit code 1. Everything else is a bug and keeps its traceback.
+    sys.excepthook: an error that our own code raised on purpose, a file that cannot be opened, and a package that is missing
+    are a message to the user, one line and exit code 2; so is too little memory, exit code 1. Everything else is a bug and keeps
+    its traceback.
     """
     last = trace
     while last and last.tb_next:
@@ -273,6 +274,9 @@ def one_line_errors(kind, error, trace):
         fail(' '.join(str(error).split()))
     if issubclass(kind, OSError) and ours and error.filename:
         fail(f'{error.filename}: {error.strerror}')
+    if issubclass(kind, ModuleNotFoundError) and ours:
+        fail(f'{os.path.relpath(path)}:{last.tb_lineno} needs the package {error.name}, which {sys.executable} does not have; activate the '
+             'environment (. .venv/bin/activate) or install into this one (pip install -e .)')
     if issubclass(kind, MemoryError) or kind.__name__ == 'OutOfMemoryError' or "can't allocate memory" in str(error): # torch's own, GPU and CPU
         fail('out of memory; a smaller --batch_size or --block_size takes less', 1)
     if issubclass(kind, BrokenPipeError): # nobody reads on, as after | head

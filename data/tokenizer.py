@@ -88,7 +88,6 @@ def make_meta(tokenizer, vocab_size=None, texts=(), characters=None):
     'gpt2', a name that tiktoken knows, a tokenizer.json, a folder or a name of the Hugging Face hub, or 'train': a byte-level
     BPE of `vocab_size` ids learned from `texts` (an iterable). A ValueError where it is none of these.
     """
-    import tiktoken
     if tokenizer == 'char':
         meta = char_meta(''.join(characters - {'<|endoftext|>'}))
         if '<|endoftext|>' in characters:
@@ -105,12 +104,14 @@ def make_meta(tokenizer, vocab_size=None, texts=(), characters=None):
         bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=['<|endoftext|>'], show_progress=False,
                                                            initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
         meta = {'tokenizer': 'json', 'json': bpe.to_str(), 'vocab_size': bpe.get_vocab_size(), 'eot': 0}
-    elif tokenizer in tiktoken.list_encoding_names():
-        meta = {'tokenizer': 'tiktoken', 'name': tokenizer, 'vocab_size': tiktoken_encoding(tokenizer).n_vocab}
     else:
-        meta = hub_meta(tokenizer)
-        if meta['eot'] is None:
-            raise ValueError(f'tokenizer={tokenizer!r} has no token to end documents with, such as <|endoftext|>')
+        import tiktoken
+        if tokenizer in tiktoken.list_encoding_names():
+            meta = {'tokenizer': 'tiktoken', 'name': tokenizer, 'vocab_size': tiktoken_encoding(tokenizer).n_vocab}
+        else:
+            meta = hub_meta(tokenizer)
+            if meta['eot'] is None:
+                raise ValueError(f'tokenizer={tokenizer!r} has no token to end documents with, such as <|endoftext|>')
     return with_dtype(meta)
 
 

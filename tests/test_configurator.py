@@ -167,8 +167,9 @@ def test_an_error_that_is_not_ours_keeps_its_traceback(run):
 @pytest.mark.parametrize('line, code, message', [
     ('import data.tokenizer as t; t.write_whole("nowhere/x.txt", None)', 2, 'error: nowhere/x.txt.partial: No such file or directory'),
     ('import torch; torch.empty(10**15)', 1, 'error: out of memory'),
+    ('sys.modules["torch"] = None; import muon', 2, 'needs the package torch, which '),
 ])
-def test_a_file_that_cannot_be_opened_and_too_little_memory_are_one_line(run, line, code, message):
+def test_a_missing_file_too_little_memory_and_a_missing_package_are_one_line(run, line, code, message):
     (run.folder / 'script.py').write_text(SCRIPT + f'\n{line}\n')
     done = subprocess.run([sys.executable, 'script.py'], cwd=run.folder, text=True, capture_output=True)
     assert done.returncode == code and message in done.stderr and len(done.stderr.splitlines()) == 1

@@ -1,6 +1,7 @@
 import json
 import os
 import pickle
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -25,6 +26,11 @@ def test_characters_come_back_as_they_went_in():
     text = 'To be, or not to be\n— 2+2=4 é'
     tok = from_meta(char_meta(text))
     assert tok.decode(tok.encode(text)) == text and tok.vocab_size == len(set(text))
+
+
+def test_characters_need_no_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'tiktoken', None)
+    assert tokenizer.make_meta('char', characters={'a', 'b'})['itos'] == {0: 'a', 1: 'b'}
 
 
 def test_a_character_outside_the_vocabulary_is_shown():
