@@ -46,8 +46,11 @@ seed = 1337 # of weights and data
 n_layer = 12 # blocks
 n_head = 12 # attention heads per block
 n_embd = 768 # width
+d_head: int | None = None # width of a head; two of n_head, n_embd, d_head give the third
+d_model: int | None = None # the same as n_embd
 dropout = 0.0 # costs time too
 bias = False # biases in Linears and LayerNorms
+gradient_checkpointing = False # True: recompute activations in backward
 loss_chunk = 0 # positions whose logits exist at a time, 0: all
 # optimizer
 optimizer = 'adamw' # or 'muon'
@@ -65,6 +68,7 @@ import shlex
 import sys
 import tempfile
 import time
+from collections import Counter
 from functools import partial
 from json import dump
 from statistics import median
@@ -73,13 +77,14 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+import checkpoint as ckpt
 import muon
 from data.loader import Loader
 from data.tokenizer import dataset_meta, model_vocab_size
 from device import DTYPES, autocast, memory_gb, peak_flops, resolve, tune
 from generate import stream
 from model import GPT, GPTConfig
-from ops import Linear, fast_bfloat16, pack
+from ops import Linear, fast_dtype, pack
 from parallel import any_rank
 from runlog import RunLog
 
@@ -102,6 +107,7 @@ ctx = autocast(device, dtype)
 data_dir = os.path.join('data', dataset)
 if real_data and 'vocab_size' not in given:
     vocab_size = config['vocab_size'] = model_vocab_size(dataset_meta(data_dir))
+n_head, n_embd = ckpt.resolve_sizes(ckpt.asked_sizes(config, given), default=(n_head, n_embd))
 figures = {} # what json holds
 
 # -----------------------------------------------------------------------------
@@ -164,7 +170,7 @@ def matvec_ceiling(size=2**26, repeats=20):
 # what is timed
 def make_model(**others):
     model = GPT(GPTConfig(**{name: {**globals(), **others}[name] for name in GPTConfig.__dataclass_fields__}))
-    model.loss_chunk = loss_chunk
+    model.loss_chunk, model.gradient_checkpointing = loss_chunk, gradient_checkpointing
     return model
 
 def make_optimizer(model, which=optimizer):
@@ -404,8 +410,7 @@ def bench_optimizer():
             taken[name].append(seconds(each.step))
             each.zero_grad()
     taken = {name: each[warmup_steps:] for name, each in taken.items()}
-    taken_by_muon = torch.bfloat16 if fast_bfloat16(device) else torch.float16 if kind == 'cuda' else torch.float32
-    memory, products = copy_ceiling(), matmul_ceiling(taken_by_muon)
+    memory, products = copy_ceiling(), matmul_ceiling(fast_dtype(device))
     print(f'{describe(model)}, {sum(p.numel() for p in matrices) / 1e6:.2f}M of them in matrices of the blocks')
     flops = 0
     for p in matrices: # queries, keys and values are three matrices in one
@@ -472,16 +477,21 @@ def project():
         model = make_model()
     per_token, num_params = model.flops_per_token(), sum(p.numel() for p in model.parameters())
     iterations = tokens / tokens_per_iter
+    shapes = Counter(p.shape for name, p in model.named_parameters() if '.h.' in name and p.dim() == 2) # of Muon's matrices
     print(f'{num_params / 1e6:.1f}M parameters; {per_token / 1e6:,.0f} MFLOP a token x {tokens / 1e9:g} billion tokens = '
           f'{per_token * tokens:.2e} FLOP\n'
           f'{iterations:,.0f} iterations of {tokens_per_iter:,.0f} tokens, at {mfu:.0%} of {peak_tflops:g} TFLOP/s a GPU\n'
           f'gradients: {4 * num_params / 1e9:.2f} GB in float32; they travel 2 (n - 1) / n times, at {nvlink:g} GB/s within a machine of 8, '
-          f'{min(nvlink, network):g} GB/s between\n')
+          f'{min(nvlink, network):g} GB/s between' + '; after them Muon\'s matrices, in 16 bits' * (optimizer == 'muon') + '\n')
     print(f'  {"GPUs":>6} {"tokens a GPU":>13} {"compute":>10} {"exchange":>10} {"of compute":>11} {"iteration":>10} {"whole run":>11} {"price":>9}')
     for n in gpus:
         compute = per_token * tokens_per_iter / n / (mfu * peak_tflops * 1e12)
-        exchange = 2 * (n - 1) / n * 4 * num_params / ((nvlink if n <= 8 else min(nvlink, network)) * 1e9)
+        link = (nvlink if n <= 8 else min(nvlink, network)) * 1e9
+        exchange = 2 * (n - 1) / n * 4 * num_params / link
         iteration = max(compute, compute / 3 + exchange) # DDP exchanges while backward, two thirds of the compute, still runs
+        if optimizer == 'muon': # then each rank's share of the matrices goes to all, see orthogonalize_together()
+            sent = sum(2 * shape.numel() * (2 * (n - 1) / n * count if count < n else (n - 1) * -(-count // n)) for shape, count in shapes.items())
+            exchange, iteration = exchange + sent / link, iteration + sent / link
         hours = iterations * iteration / 3600
         print(f'  {n:>6,} {tokens_per_iter / n:>13,.0f} {compute * 1000:>7,.1f} ms {exchange * 1000:>7,.1f} ms {exchange / compute:>11.1%} '
               f'{iteration * 1000:>7,.1f} ms {hours * 60:>7,.1f} min {hours * n * gpu_hour:>9,.0f}')

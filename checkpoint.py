@@ -269,23 +269,23 @@ def fit_sizes(model, asked, source, given):
     model.crop_block_size(block_size)
 
 
-def where_it_stood(folder, checkpoint):
+def where_it_stood(folder, checkpoint, only_look=False):
     """
     (iter_num, best_val_loss, best_iter, best_file, run_id) of the run in `folder` that goes on from its loaded checkpoint. ValueError where another
-    machine has found another one.
+    machine has found another one. With only_look nothing in the folder is changed.
     """
     iter_num = checkpoint['iter_num']
     if agree(iter_num) != iter_num:
         raise ValueError(f'{checkpoint["path"]} is at iteration {iter_num} here and another at rank 0; '
                          'out_dir must be one folder that all machines see')
-    best_file = agree(os.environ.get('RANK', '0') == '0' and own_best(folder, checkpoint)) # rank 0's
+    best_file = agree(os.environ.get('RANK', '0') == '0' and own_best(folder, checkpoint, only_look)) # rank 0's
     return iter_num, float(checkpoint.get('best_val_loss', 'inf')), checkpoint.get('best_iter', iter_num), best_file, checkpoint.get('run_id')
 
 
-def own_best(folder, checkpoint):
+def own_best(folder, checkpoint, only_look=False):
     """
     The name of the file with the best weights of a run that goes on from `checkpoint`, or None. A best.pt of a later time,
-    which was gone back from, is set aside.
+    which was gone back from, is set aside, unless only_look.
     """
     path = os.path.join(folder, 'best.pt')
     if not checkpoint.get('best_file') or not os.path.exists(path):
@@ -296,7 +296,8 @@ def own_best(folder, checkpoint):
         iter_num = None
     if iter_num == checkpoint.get('best_iter'):
         return 'best.pt'
-    os.replace(path, path + '.old')
+    if not only_look:
+        os.replace(path, path + '.old')
 
 
 def where_from(init_from, own, config):

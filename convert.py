@@ -219,7 +219,8 @@ def fast_tokenizer(meta, block_size):
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, 'ranks')
             with open(path, 'wb') as f:
-                f.writelines(base64.b64encode(token) + b' %d\n' % rank for token, rank in encoding._mergeable_ranks.items())
+                special = {token.encode(): i for token, i in encoding._special_tokens.items()} # here too: they keep their ids, gaps before them
+                f.writelines(base64.b64encode(token) + b' %d\n' % i for token, i in {**encoding._mergeable_ranks, **special}.items())
             bpe = TikTokenConverter(vocab_file=path, pattern=encoding._pat_str, extra_special_tokens=list(encoding._special_tokens)).converted()
     else: # every character for itself
         bpe = Tokenizer(models.WordLevel(meta['stoi']))

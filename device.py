@@ -17,6 +17,7 @@ DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch
 # Peak dense FLOP/s of the matrix units in bf16/fp16, from the makers' data sheets (without sparsity).
 # Matched against the start of the name that CUDA reports; a GPU that is not here gets no MFU.
 PEAK_FLOPS = {
+    'NVIDIA H200 NVL': 835e12,
     'NVIDIA H200': 989e12,
     'NVIDIA H100 PCIe': 756e12,
     'NVIDIA H100 NVL': 835e12,
@@ -27,6 +28,7 @@ PEAK_FLOPS = {
     'NVIDIA A10G': 70e12,
     'NVIDIA GeForce RTX 4090': 165e12,
     'NVIDIA GeForce RTX 3090': 71e12,
+    'Tesla V100-PCIE': 112e12,
     'Tesla V100': 125e12,
     'Tesla T4': 65e12,
 }
@@ -113,8 +115,8 @@ def cpu_threads(root='/sys'):
 
 def tune(device):
     """Settings of torch and the C library that cost nothing and help: TF32 on GPUs; on CPUs threads, and no page faults."""
-    torch.set_float32_matmul_precision('high') # TF32 where the hardware has it; no effect on CPU
     if 'cuda' in device:
+        torch.set_float32_matmul_precision('high') # TF32 where the hardware has it; CPUs with AMX-FP16 would take it too, and are to be exact
         torch.cuda.set_device(device) # what asks for the current GPU means this one
     if 'cpu' in device and sys.platform == 'linux':
         threads = cpu_threads()

@@ -82,7 +82,7 @@ class CausalSelfAttention(nn.Module):
         self.dropout = config.dropout
         self.attn_dropout = config.dropout if config.attn_dropout is None else config.attn_dropout
 
-    def forward(self, x, table=None, bias=None, extend=None):
+    def forward(self, x, table=None, attn_bias=None, extend=None):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, self.n_head + 2 * self.n_kv_head, C // self.n_head).transpose(1, 2)
         qk, v = qkv.split((self.n_head + self.n_kv_head, self.n_kv_head), dim=1)
@@ -98,12 +98,12 @@ class CausalSelfAttention(nn.Module):
         p = self.attn_dropout if self.training else 0.0
         if extend is None and x.device.type == 'cpu' and (p > 0.0 or (q.dtype == torch.bfloat16 and T <= 512)):
             # spelled out it is faster than torch's fallback for dropout, and than its flash kernel in bfloat16
-            mask = torch.full((T, T), float('-inf')).triu(1) if bias is None else bias
+            mask = torch.full((T, T), float('-inf')).triu(1) if attn_bias is None else attn_bias
             att = torch.softmax((q @ k.transpose(-2, -1)).float() / math.sqrt(q.size(-1)) + mask, dim=-1) # (B, nh, T, T)
             y = dropout(att, p, self.training).type_as(v) @ v
         else:
-            causal = bias is None and extend is None # a bias holds the mask; a single new token sees all that the cache holds
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=p, is_causal=causal) # (B, nh, T, hs)
+            causal = attn_bias is None and extend is None # a bias holds the mask; a single new token sees all that the cache holds
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_bias, dropout_p=p, is_causal=causal) # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C) # heads side by side
         return dropout(self.c_proj(y), self.dropout, self.training)
 
@@ -139,8 +139,8 @@ class Block(nn.Module):
         self.ln_2 = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, table=None, bias=None, extend=None):
-        x = x + self.attn(self.ln_1(x), table, bias, extend)
+    def forward(self, x, table=None, attn_bias=None, extend=None):
+        x = x + self.attn(self.ln_1(x), table, attn_bias, extend)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -195,26 +195,26 @@ class GPT(nn.Module):
         last position only (B, 1, vocab_size) and None.
         """
         B, T = idx.shape
-        cfg, table, bias = self.config, None, None
+        cfg, table, attn_bias = self.config, None, None
         x = self.transformer.wte(idx) # (B, T, C)
         at = torch.arange(T, device=idx.device)
         if cache is not None:
-            at, bias = cache.begin(T, x.dtype)
+            at, attn_bias = cache.begin(T, x.dtype)
         if cfg.pos == 'learned':
             assert T <= cfg.block_size, f'sequence of {T} tokens, block_size is {cfg.block_size}'
             x = x + self.transformer.wpe(at if cache is None else (at - cache.pad[:, None]).clamp_min(0))
         elif cfg.pos == 'rotary':
             table = rotary_table(at, cfg.n_embd // cfg.n_head) # left padding shifts queries and keys alike, which changes no score
         elif cfg.pos == 'alibi' and cache is None:
-            bias = alibi_bias(T, cfg.n_head, idx.device).to(x.dtype)[None] # of four dimensions, else torch takes its slow kernel
+            attn_bias = alibi_bias(T, cfg.n_head, idx.device).to(x.dtype)[None] # of four dimensions, else torch takes its slow kernel
         if cfg.embed_norm:
             x = self.transformer.ln_e(x)
         x = dropout(x, cfg.dropout, self.training)
         for i, block in enumerate(self.transformer.h):
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, table, bias, use_reentrant=False)
+                x = checkpoint(block, x, table, attn_bias, use_reentrant=False)
             else:
-                x = block(x, table, bias, partial(cache.extend, i) if cache is not None else None)
+                x = block(x, table, attn_bias, partial(cache.extend, i) if cache is not None else None)
         x = self.transformer.ln_f(x)
         if targets is None:
             return self.head(x[:, -1:]), None

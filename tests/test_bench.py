@@ -28,6 +28,17 @@ def test_a_recipe_tells_the_sizes(project):
     assert '0.79M parameters' in out
 
 
+def test_a_recipe_may_give_the_width_of_a_head(project):
+    (project.path / 'config/wide.py').write_text('d_model = 256\nd_head = 64\n')
+    assert '22.6M parameters' in project.run('bench.py', 'config/wide.py', '--mode=project').stdout
+
+
+def test_muons_matrices_travel_too(project):
+    share = lambda *flags: [float(line.split()[6].rstrip('%')) for line in project.run('bench.py', '--mode=project', *flags).stdout.splitlines()
+                            if ' min ' in line]
+    assert all(a < b < 2 * a for a, b in zip(share(), share('--optimizer=muon'))) # 170 MB beside 500 MB of gradients
+
+
 def test_a_missing_dataset_is_one_line(project):
     assert 'python data/text/prepare.py --input=... --dataset=poems' in project.error('bench.py', *SMALL, '--dataset=poems')
 

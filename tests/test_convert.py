@@ -118,3 +118,17 @@ def test_a_run_goes_out_by_one_command_and_back_by_another(project, trained, tmp
                                             (['--init_from=out-trained', '--output=x', '--to=gguf'], "to='gguf' is none of")])
 def test_bad_input_is_one_line_and_writes_nothing(project, trained, flags, message):
     assert message in project.error('convert.py', *flags) and not (project.path / 'x').exists()
+
+
+def test_special_tokens_of_tiktoken_keep_their_ids(monkeypatch):
+    """As in cl100k_base: with ids between the last word and the first special token that stand for nothing."""
+    import tiktoken
+    bpe = tiktoken.Encoding('gaps', pat_str=r'\w+|\W', mergeable_ranks={**{bytes([i]): i for i in range(256)}, b'to': 256, b'be': 257},
+                            special_tokens={'<|fim_prefix|>': 262, '<|endoftext|>': 260})
+    for module in ('convert', 'data.tokenizer'):
+        monkeypatch.setattr(f'{module}.tiktoken_encoding', lambda name: bpe)
+    meta = {'tokenizer': 'tiktoken', 'name': 'gaps', 'vocab_size': 263}
+    tokenizer, own = fast_tokenizer(meta, 64), from_meta(meta)
+    assert tokenizer(TEXT)['input_ids'] == own.encode(TEXT) and tokenizer.eos_token_id == own.eot == 260
+    assert tokenizer.decode([256, 260, 262]) == own.decode([256, 260, 262]) == 'to<|endoftext|><|fim_prefix|>'
+    assert own.decode([256, 258, 259, 257]) == 'tobe'

@@ -3,7 +3,7 @@ import os
 import pytest
 import torch
 
-from device import cpu_threads, peak_flops, resolve
+from device import cpu_threads, peak_flops, resolve, tune
 
 
 @pytest.fixture
@@ -90,3 +90,8 @@ def test_threads_are_the_cores_that_a_process_may_use(tmp_path, monkeypatch, pro
     monkeypatch.setenv('LOCAL_WORLD_SIZE', str(processes))
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
     assert cpu_threads(str(tmp_path)) == want
+
+
+def test_float32_is_exact_on_a_cpu():
+    tune('cpu')
+    assert torch.get_float32_matmul_precision() == 'highest'

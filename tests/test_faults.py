@@ -283,6 +283,8 @@ def test_gone_back_the_best_of_what_came_after_is_no_longer_the_best(runs, proje
     assert ckpt.load(str(folder))['iter_num'] == 100
     shutil.copy(folder / 'ckpt-40.pt', folder / 'ckpt.pt')
     shutil.copy(folder / 'ckpt-40.pt', folder / 'ckpt-mine.pt') # the user's own copy stays
+    project.run('train.py', *LONG, '--out_dir=back', '--init_from=resume', '--eval_only=True')
+    assert (folder / 'best.pt').exists() # who only looks changes nothing
     assert runs.run('back', *LONG, '--always_save_checkpoint=False', '--init_from=resume', '--max_iters=60', '--learning_rate=5', '--min_lr=5')[0] == 0
     assert ckpt.load(str(folder))['path'].endswith('ckpt.pt') and not (folder / 'best.pt').exists() # nothing better has come, and the 40th's own file is gone
     assert (folder / 'ckpt-mine.pt').exists()
@@ -373,4 +375,5 @@ def test_a_step_with_an_infinite_loss_is_skipped_by_all(project, processes, trie
     assert f'ckpt-{it}.pt' not in names and f'ckpt-{it + 1}.pt' in names
     state = lambda n: torch.load(project.path / out / f'optimizer-{n}.pt', weights_only=True)['state'][0]['step'].item()
     assert (state(it - 1), state(it + 1), state(it + 2)) == (it - 1, it, it + 1)
-    tried(f'an infinite loss on one of {processes} processes', 'once', 'that step skipped by all, counted and logged; nothing else lost')
+    where = 'in a single process' if processes == 1 else f'on one of {processes} processes'
+    tried(f'an infinite loss {where}', 'once', 'that step skipped by all, counted and logged; nothing else lost')

@@ -95,7 +95,8 @@ import runpy, sys
 sys.argv = sys.argv[1:]
 sys.path.insert(0, '.')
 import muon
-muon.fast_bfloat16 = lambda device: False
+import torch
+muon.fast_dtype = lambda device: torch.float32
 runpy.run_path('train.py', run_name='__main__')
 """
 
@@ -116,3 +117,22 @@ def test_muon_shared_between_processes_equals_one(project, fsdp):
         project.run('in_float32.py', 'train.py', *resumed, '--max_iters=6', '--init_from=resume')
         project.run('in_float32.py', 'train.py', *resumed, '--fsdp=True', '--init_from=resume', launcher=BOTH)
         assert_close(project.path / 'out-muon-one', project.path / 'out-muon-resumed')
+
+
+SHARED = """
+import torch, torch.distributed as dist
+from muon import orthogonalize, orthogonalize_together
+dist.init_process_group('gloo')
+for n in (1, 2, 3):
+    X = torch.randn(n, 24, 16, generator=torch.Generator().manual_seed(n))
+    alone = torch.cat([orthogonalize(x[None]) for x in X]) if n < 3 else None # as many at once as there
+    together = orthogonalize_together(X)
+    assert together.shape == X.shape and (alone is None or together.equal(alone)), n
+    torch.testing.assert_close(together, orthogonalize(X), rtol=0, atol=0.02)
+"""
+
+
+def test_matrices_shared_between_more_or_fewer_processes_are_the_same(project):
+    from test_parallel import BOTH
+    (project.path / 'shared.py').write_text(SHARED)
+    project.run('shared.py', launcher=BOTH)

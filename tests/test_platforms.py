@@ -116,6 +116,15 @@ def test_a_log_that_wandb_does_not_take_ends_no_run(tmp_path, monkeypatch, capsy
     assert capsys.readouterr().out.splitlines() == ['cannot write the log to wandb: the wire is cut; training goes on'] and len(read_log(run.path)) == 3
 
 
+def test_without_matplotlib_there_is_no_picture_and_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'matplotlib', None)
+    run = RunLog(str(tmp_path), {})
+    for i in range(3):
+        run.evaluation(i, 0, train_loss=1.0, val_loss=1.0)
+    run.close()
+    assert capsys.readouterr().out.splitlines() == ['cannot write the log as a picture: it needs matplotlib: pip install matplotlib; training goes on']
+
+
 def pip(monkeypatch, code=0, stderr='', content=b'text'):
     """A stand-in for pip that writes a wheel with one file; what it was called with."""
     called = []

@@ -9,7 +9,7 @@ import torch
 
 import checkpoint as ckpt
 from conftest import ROOT, TINY, Project, write_dataset
-from data.tokenizer import from_meta
+from data.tokenizer import continuation, from_meta
 from test_train import nanogpt_checkpoint
 
 FLAGS = ['--device=cpu', '--num_samples=2', '--max_new_tokens=20']
@@ -108,13 +108,13 @@ def test_streamed_text_has_whole_characters_and_no_beginnings_of_stops():
     """The function of sample.py by itself, on a tokenizer of bytes."""
     source = (ROOT / 'sample.py').read_text(encoding='utf-8')
     code = source[source.index('def so_far'):source.index('def sample(')]
-    scope = {'tokenizer': SimpleNamespace(decode=lambda ids: bytes(ids).decode('utf-8', 'replace')), 'stops': ['END', 'Ex']}
+    scope = {'tokenizer': SimpleNamespace(decode=lambda ids: bytes(ids).decode('utf-8', 'replace')), 'stops': ['END', 'Ex'], 'continuation': continuation}
     exec(code, scope)
     so_far = scope['so_far']
     for text, want in (('aé', 'aé'), ('aEN', 'a'), ('aENd', 'aENd'), ('abEND!', 'ab'), ('aE', 'a'), ('Ex', '')):
-        assert so_far(list(text.encode()), False) == want
-    assert so_far(list('aé'.encode())[:-1], False) == 'a' and so_far(list('aEN'.encode()), True) == 'aEN'
-    shown = [so_far(list('Grüße, ENDE'.encode())[:n], False) for n in range(13)]
+        assert so_far(list(b'A prompt'), list(text.encode()), False) == want
+    assert so_far([], list('aé'.encode())[:-1], False) == 'a' and so_far([], list('aEN'.encode()), True) == 'aEN'
+    shown = [so_far([], list('Grüße, ENDE'.encode())[:n], False) for n in range(13)]
     assert all(later.startswith(earlier) for earlier, later in zip(shown, shown[1:])) and shown[-1] == 'Grüße, '
 
 

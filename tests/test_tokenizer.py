@@ -56,6 +56,15 @@ def test_a_damaged_meta_file_is_refused(tmp_path, content):
         load_meta(tmp_path / 'meta.pkl')
 
 
+def test_the_space_between_a_prompt_and_its_continuation_stays():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    bpe = Tokenizer(models.WordLevel({'\u2581hello': 0, '\u2581world': 1}))
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace() # SentencePiece's way
+    words = from_meta({'tokenizer': 'json', 'json': bpe.to_str(), 'vocab_size': 2, 'eot': None})
+    assert words.decode([1]) == 'world' and tokenizer.continuation(words, [0], [1]) == ' world'
+    assert tokenizer.continuation(words, [0] * 20, []) == '' and tokenizer.continuation(words, [], [0, 1]) == 'hello world'
+
+
 def test_a_token_id_that_does_not_fit_uint16_is_an_error():
     assert to_uint16([0, 65535]).tolist() == [0, 65535]
     for bad in (65536, -1):

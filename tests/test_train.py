@@ -244,6 +244,7 @@ def test_the_compiled_model_trains_on_a_gpu(project):
     (['--block_size=100000'], 'lower --block_size'),
     (['--n_embd=17'], 'n_embd=17 must be divisible by n_head=2: 17 / 2 = 8.50'),
     (['--learning_rate=1e-6'], 'min_lr=6e-05 is more than learning_rate=1e-06; add --min_lr=1e-07'),
+    (['--matrix_lr=0.01'], 'matrix_lr, embed_lr and head_lr are of --optimizer=muon (config/modern.py); adamw has --learning_rate'),
     (['config/modern.py', '--learning_rate=1e-3'], 'learning_rate is that of biases and norms beside muon, and none are trained here; set --matrix_lr'),
     (['--dataset=poems', '--init_from=nowhere.pt'], 'data/poems/train.bin not found'), # before anything is fetched
     (['--d_head=5'], 'n_embd=16 must be divisible by d_head=5'),
