@@ -57,12 +57,12 @@ generate-%: install
 # without a GPU: the overlay; on one: plain python; on several: torchrun
 train: install
 	@set -e; test -f '$(CONFIG)' || { echo 'error: no recipe $(CONFIG); make lists them' >&2; exit 2; }; \
-	recipe=$$(sed -n "s/^dataset *= *['\"]\([^'\"]*\).*/\1/p" $(CONFIG)); dataset=$(DATASET); dataset=data/$${dataset:-$${recipe:-openwebtext}}; \
+	recipe=$$(sed -n "s/^dataset *= *['\"]\([^'\"]*\).*/\1/p" '$(CONFIG)'); dataset='$(DATASET)'; dataset=data/$${dataset:-$${recipe:-openwebtext}}; \
 	test -z '$(INPUT)' || $(PY) data/text/prepare.py --input='$(INPUT)' --dataset='$(DATASET)'; \
-	test -f $$dataset/train.bin -a -f $$dataset/val.bin || $(PY) $$dataset/prepare.py; \
+	test -f "$$dataset/train.bin" -a -f "$$dataset/val.bin" -o ! -f "$$dataset/prepare.py" || $(PY) "$$dataset/prepare.py"; \
 	gpus=$(GPUS); n=$(NGPUS); n=$${n:-$$gpus}; overlay='$(GPU_OVERLAY)'; test $$gpus -gt 0 || overlay='$(OVERLAY)'; \
 	launch='$(PY)'; test $$n -le 1 || launch="$(VENV)/bin/torchrun --standalone --nproc_per_node=$$n"; \
-	set -x; $$launch train.py $(CONFIG) $$overlay $(if $(DATASET),--dataset=$(DATASET) --out_dir=out-$(DATASET)) $(ARGS)
+	set -x; $$launch train.py '$(CONFIG)' $$overlay $(if $(DATASET),'--dataset=$(DATASET)' '--out_dir=out-$(DATASET)') $(ARGS)
 
 train-%:
 	@test -f '$(RECIPE)' || { echo 'error: no recipe $(RECIPE); make lists them' >&2; exit 2; }

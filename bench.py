@@ -99,7 +99,7 @@ if not all(type(n) is int and n > 0 for n in gpus):
 rivals = [compare] if os.path.exists(compare) else compare.split()
 device, dtype, compile = resolve(device, dtype, compile)
 kind = device.partition(':')[0] # 'cuda' of 'cuda:0'
-tune(device)
+tune(device, lengths_vary=mode == 'generate')
 if compile:
     torch._dynamo.config.recompile_limit = 64 # several networks, each compiled once
 torch.manual_seed(seed)

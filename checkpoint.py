@@ -300,15 +300,16 @@ def own_best(folder, checkpoint, only_look=False):
         os.replace(path, path + '.old')
 
 
-def where_from(init_from, own, config):
+def where_from(init_from, own, config, of_files={}):
     """
-    `init_from` with 'auto' replaced by 'resume' where this run's own checkpoint is there, else by 'scratch'. After a
-    restart by torchrun, which any rank may have noticed, a checkpoint of the same knobs is resumed whatever it says.
-    What rank 0 finds counts.
+    `init_from` with 'auto' replaced by 'resume' where this run's own checkpoint is there, else by what config files say
+    (`of_files`, a dict of knobs), else by 'scratch'. After a restart by torchrun, which any rank may have noticed, a
+    checkpoint of the same knobs is resumed whatever it says. What rank 0 finds counts.
     """
     restarted = any_rank(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') != '0')
     if init_from == 'auto' or (restarted and made_by(config, own)):
-        init_from = 'resume' if os.path.exists(own) else 'scratch'
+        first = of_files.get('init_from', 'auto')
+        init_from = 'resume' if os.path.exists(own) else 'scratch' if first == 'auto' else first
     return agree(init_from)
 
 

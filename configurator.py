@@ -47,7 +47,7 @@ def tell_torchrun(message):
             json.dump({'message': {'message': message, 'extraInfo': {'timestamp': str(int(time.time()))}}}, f)
 
 
-def configure(ns, model=None, also=(), own=()):
+def configure(ns, model=None, also=(), own=(), of_files=None):
     """
     Overwrite the knobs in `ns`, the calling script's globals(), from sys.argv.
 
@@ -55,7 +55,8 @@ def configure(ns, model=None, also=(), own=()):
     (`stop: str | None = None`). The fields of the dataclass that `model` names ('model.py:GPTConfig')
     are knobs too, where the script does not state its own. `also` names scripts, or such dataclasses,
     whose knobs may stand in a config file and are passed over, so that sample.py can read a training recipe;
-    of such a recipe the knobs in `own` are passed over too, which mean something else there.
+    of such a recipe the knobs in `own` are passed over too, which mean something else there. The dict `of_files` is filled with
+    what files set, whatever flags say.
 
     Returns (config, given): all knobs as a dict, and those that a file or flag set, {name: where}, as '--name=value' or 'file:line'.
     Every mistake of the user's ends in one line and exit code 2, here and (through
@@ -78,7 +79,7 @@ def configure(ns, model=None, also=(), own=()):
     if {'-h', '--help'} & set(sys.argv[1:]):
         print_help(ns, knobs)
         raise SystemExit(0)
-    given = {}
+    given, of_files = {}, {} if of_files is None else of_files
     for arg in sys.argv[1:]:
         if arg.startswith('-'):
             settings = read_flag(arg, knobs)
@@ -90,6 +91,8 @@ def configure(ns, model=None, also=(), own=()):
             ns[name] = fit(knobs[name], value, where)
             given.pop(name, None) # so that `given` is in the order of what was set last
             given[name] = where
+            if not arg.startswith('-'):
+                of_files[name] = ns[name]
     return {name: ns[name] for name in knobs}, given
 
 
@@ -202,12 +205,13 @@ def read_flag(arg, knobs):
 
 
 def run_file(path, scope, knobs, passed_over, own=()):
-    """Execute a config file over the current knob values: {name: (value, where)} for what it assigned."""
+    """Execute a config file over the current knob values: {name: (value, where)} for what it, or a file that it executes or imports, assigned."""
     if not os.path.isfile(path):
         folder = os.path.dirname(path) or 'config'
         files = [os.path.join(folder, name) for name in os.listdir(folder)] if os.path.isdir(folder) else []
         fail(f'config file {path} not found{f"; a flag is written --{path}" if "=" in path else did_you_mean(path, files)}')
     scope.update(__file__=path, __name__='config')
+    before = dict(scope)
     try:
         with tokenize.open(path) as f:
             tree = ast.parse(f.read(), path)
@@ -217,15 +221,21 @@ def run_file(path, scope, knobs, passed_over, own=()):
     except Exception as e:
         lines = [row for frame, row in traceback.walk_tb(e.__traceback__) if frame.f_code.co_filename == path]
         fail(f'{path}:{lines[-1] if lines else "?"}: {type(e).__name__}: {e}')
-    stored = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+    lines = {} # where each name was assigned last
+    for node in sorted((n for n in ast.walk(tree) if hasattr(n, 'lineno')), key=lambda n: n.lineno):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id in scope:
+            lines[node.id] = node.lineno
+        elif isinstance(node, ast.ImportFrom) or isinstance(node, ast.Call) and getattr(node.func, 'id', '') == 'exec':
+            plain = {name for name, value in scope.items() if isinstance(value, (bool, int, float, str, list, tuple, type(None)))
+                     and value is not before.get(name, before)} # new or changed, and not assigned here
+            lines = {**{name: node.lineno for name in plain & {*knobs, *passed_over}}, **lines}
     settings = {}
-    for node in sorted(stored, key=lambda n: n.lineno):
-        name, where = node.id, f'{path}:{node.lineno}'
+    for name, line in lines.items():
         if name in knobs:
-            settings[name] = (scope[name], where)
-        elif name in scope and not name.startswith('_') and name not in passed_over:
-            fail(f'{where}: unknown knob {name!r}{did_you_mean(name, knobs)} (a helper of your own starts with _)')
-    foreign = any(node.id in passed_over for node in stored)
+            settings[name] = (scope[name], f'{path}:{line}')
+        elif not name.startswith('_') and name not in passed_over:
+            fail(f'{path}:{line}: unknown knob {name!r}{did_you_mean(name, knobs)} (a helper of your own starts with _)')
+    foreign = any(name in passed_over for name in lines)
     return {name: value for name, value in settings.items() if not (foreign and name in own)}
 
 
@@ -274,8 +284,10 @@ def one_line_errors(kind, error, trace):
         fail(' '.join(str(error).split()))
     if issubclass(kind, OSError) and ours and error.filename:
         fail(f'{error.filename}: {error.strerror}')
+    if issubclass(kind, OSError) and ours and not issubclass(kind, BrokenPipeError): # such as a full disk, which numpy tells without an errno
+        fail(f'{error.strerror or f"could not be written, is the disk full? {error}"}', 1)
     if issubclass(kind, ModuleNotFoundError) and ours:
-        fail(f'{os.path.relpath(path)}:{last.tb_lineno} needs the package {error.name}, which {sys.executable} does not have; activate the '
+        fail(f'{os.path.basename(path)}:{last.tb_lineno} needs the package {error.name}, which {sys.executable} does not have; activate the '
              'environment (. .venv/bin/activate) or install into this one (pip install -e .)')
     if issubclass(kind, MemoryError) or kind.__name__ == 'OutOfMemoryError' or "can't allocate memory" in str(error): # torch's own, GPU and CPU
         fail('out of memory; a smaller --batch_size or --block_size takes less', 1)

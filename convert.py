@@ -15,7 +15,7 @@ import tempfile
 import torch
 
 from configurator import configure, one_of
-from data.tokenizer import GPT2, from_meta, gpt2_encoding, hub_meta, tiktoken_encoding
+from data.tokenizer import GPT2_SIZES, from_meta, gpt2_encoding, hub_meta, tiktoken_encoding
 from model import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
@@ -27,7 +27,6 @@ to = 'transformers' # or 'flatgpt'
 # what each architecture of transformers is, in our knobs; the rest is free. Its biases are ours too, where bias=False has zeros
 GPT2_KNOBS = dict(pos='learned', norm='layernorm', activation='gelu', qk_norm=False, tie_embeddings=True, embed_norm=False,
                   logit_cap=0.0, n_kv_head=None)
-SIZES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl') # names of OpenAI's weights on the hub
 NANOCHAT_KNOBS = dict(pos='rotary', norm='rmsnorm', activation='relu2', qk_norm=True, tie_embeddings=False, embed_norm=True, bias=False)
 
 
@@ -58,8 +57,8 @@ def from_pretrained(name, override_args=None):
     Raises ValueError where it cannot be reached, or is another network.
     """
     assert set(override_args or {}) <= {'dropout', 'attn_dropout'}, f'cannot override {override_args} of pretrained weights'
-    if name not in SIZES and '/' not in name and not os.path.isdir(name):
-        raise ValueError(f'{name!r} is neither a local folder nor one of {", ".join(SIZES)}')
+    if name not in GPT2_SIZES and '/' not in name and not os.path.isdir(name):
+        raise ValueError(f'{name!r} is neither a local folder nor one of {", ".join(GPT2_SIZES)}')
     from transformers import AutoConfig, GPT2LMHeadModel, NanoChatForCausalLM
     quiet()
     kinds = {'gpt2': (GPT2LMHeadModel, gpt2_config), 'nanochat': (NanoChatForCausalLM, nanochat_config)}
@@ -73,7 +72,7 @@ def from_pretrained(name, override_args=None):
         config = convert(hf)
         theirs = load.from_pretrained(name, dtype=torch.float32).state_dict()
     except Exception as e: # the hub's client and safetensors raise many kinds
-        nowhere = '' if os.path.isdir(name) or name in SIZES else 'no such file or folder is here, and from the hub: '
+        nowhere = '' if os.path.isdir(name) or name in GPT2_SIZES else 'no such file or folder is here, and from the hub: '
         raise ValueError(f'cannot load {name}: {nowhere}{(str(e).strip() or type(e).__name__).splitlines()[0]}') from e
     model = GPT(GPTConfig(**config, **(override_args or {})))
     weights = model.state_dict()
@@ -125,25 +124,11 @@ def nanochat_config(hf):
 
 
 def tokenizer_of(name):
-    """The meta of the tokenizer that comes with weights in the format of transformers, GPT2's where it is GPT-2's; None where none comes."""
-    if name in SIZES:
-        return dict(GPT2)
+    """The meta of the tokenizer that comes with weights in the format of transformers; None where none comes."""
     files = ('tokenizer.json', 'tokenizer_config.json', 'vocab.json')
     if os.path.isdir(name) and not any(os.path.exists(os.path.join(name, file)) for file in files):
         return None
-    meta = hub_meta(name)
-    import json
-
-    import tokenizers
-    kind = json.loads(meta['json'])['model']
-    if kind['type'] == 'WordLevel' and all(len(token) == 1 or i == meta['eot'] for token, i in kind['vocab'].items()): # characters
-        return {'vocab_size': meta['vocab_size'], 'stoi': kind['vocab'], 'itos': {i: token for token, i in kind['vocab'].items()},
-                **({'eot': meta['eot']} if meta['eot'] is not None else {})}
-    known = {'Hello': 15496, '\u0120world': 995, '\u0120SolidGoldMagikarp': 43453, '<|endoftext|>': 50256}
-    bpe = tokenizers.Tokenizer.from_str(meta['json'])
-    if meta['vocab_size'] == 50257 and all(bpe.token_to_id(token) == i for token, i in known.items()):
-        return dict(GPT2)
-    return meta
+    return hub_meta(name)
 
 
 # -----------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+import sysconfig
 from contextlib import nullcontext
 
 import torch
@@ -60,12 +61,16 @@ def resolve(device, dtype, compile, quantize=''):
         if int(number) >= torch.cuda.device_count():
             raise ValueError(f'device cuda:{number}: this machine has {torch.cuda.device_count()} GPU(s), numbered from 0')
         device = f'cuda:{number}'
+    if kind == 'cpu':
+        device = 'cpu' # there is one, whatever its number
     if kind == 'mps' and not torch.backends.mps.is_available():
         raise ValueError("device='mps': no Apple GPU here; try --device=auto or --device=cpu")
     if quantize not in ('', 'int8'):
         raise ValueError(f"quantize={quantize!r} is none of '', 'int8'")
     if quantize and kind != 'cpu':
         raise ValueError(f'quantize={quantize!r} is for CPUs; add --device=cpu')
+    if quantize and dtype not in ('auto', 'fast', 'bfloat16'):
+        raise ValueError(f'quantize={quantize!r} computes the rest in bfloat16; leave --dtype={dtype} out')
     dtype = 'bfloat16' if quantize else dtype
     triton = importlib.util.find_spec('triton') is not None
     capability = torch.cuda.get_device_capability(device) if kind == 'cuda' else (0, 0)
@@ -81,14 +86,23 @@ def resolve(device, dtype, compile, quantize=''):
     if dtype == 'float16' and kind != 'cuda':
         raise ValueError(f"dtype='float16' needs a CUDA device (its gradients are scaled); on {kind} use float32 or bfloat16")
     if compile == 'auto':
-        compile = capability >= (7, 0) and triton
+        compile = capability >= (7, 0) and triton and (os.name != 'posix' or not lacking())
     if not isinstance(compile, bool):
         raise ValueError(f"compile={compile!r} is none of 'auto', True, False")
     if compile and kind == 'cpu' and not any(map(shutil.which, ('c++', 'g++', 'clang++', 'cl'))):
         raise ValueError('compile=True on CPU needs a C++ compiler (g++, clang++ or MSVC); use --compile=False')
     if compile and kind == 'cuda' and not (capability >= (7, 0) and triton):
         raise ValueError('compile=True on a GPU needs the package triton and compute capability 7.0; use --compile=False')
+    if compile and kind == 'cuda' and os.name == 'posix' and lacking():
+        raise ValueError(f'compile=True on a GPU needs {lacking()}, for Triton; install it, or use --compile=False')
     return device, dtype, compile
+
+
+def lacking():
+    """What Triton needs to build its first module and this machine has not, '' for nothing: a C compiler, Python's headers."""
+    if not (os.environ.get('CC') or any(map(shutil.which, ('gcc', 'clang', 'cc')))):
+        return 'a C compiler (gcc or clang)'
+    return '' if os.path.exists(os.path.join(sysconfig.get_path('include'), 'Python.h')) else "Python's headers (python3-dev)"
 
 
 def cpu_threads(root='/sys'):
@@ -113,10 +127,12 @@ def cpu_threads(root='/sys'):
     return threads
 
 
-def tune(device):
-    """Settings of torch and the C library that cost nothing and help: TF32 on GPUs; on CPUs threads, and no page faults."""
+def tune(device, lengths_vary=False):
+    """Settings of torch and the C library that cost nothing and help: TF32 on GPUs; on CPUs threads, and no page faults. lengths_vary: of sequences, as in sampling."""
     if 'cuda' in device:
         torch.set_float32_matmul_precision('high') # TF32 where the hardware has it; CPUs with AMX-FP16 would take it too, and are to be exact
+        if lengths_vary: # on an H100 cuDNN would plan attention anew for each, for tens of milliseconds
+            torch.backends.cuda.enable_cudnn_sdp(False)
         torch.cuda.set_device(device) # what asks for the current GPU means this one
     if 'cpu' in device and sys.platform == 'linux':
         threads = cpu_threads()

@@ -18,6 +18,7 @@ dataset = '' # a folder of data/ that was prepared, '': the one that the run was
 # how much
 eval_iters = 200 # batches for the loss of each split; the whole split when it has fewer
 batch_size = 16 # sequences per batch and process
+block_size: int | None = None # tokens of a sequence, None: as many as the model sees
 num_lines = 10000 # for tasks on lines: how many lines of the validation split to answer, 0: none
 show_wrong = 10 # how many wrong answers to show
 # benchmarks, of the package lm_eval
@@ -31,7 +32,7 @@ device = 'auto' # 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto' # as in train.py; or 'float32', 'bfloat16', 'float16'
 quantize = '' # 'int8': weights of 8 bits, as sample.py can use them on a CPU
 config, given = configure(globals(), also=('train.py', 'model.py:GPTConfig'),
-                          own=('init_from', 'eval_iters', 'batch_size')) # a training recipe tells out_dir and device
+                          own=('init_from', 'eval_iters', 'batch_size', 'block_size')) # a training recipe tells out_dir and device
 
 # -----------------------------------------------------------------------------
 import importlib.util
@@ -51,14 +52,14 @@ from generate import stream
 from ops import pack
 from runlog import say
 
-at_least(config, 1, 'eval_iters', 'batch_size')
+at_least(config, 1, 'eval_iters', 'batch_size', *(['block_size'] if block_size is not None else []))
 at_least(config, 0, 'num_lines', 'show_wrong')
 writable(config, 'output')
 for name in ('output', 'include_path', 'num_fewshot', 'limit'):
     if name in given and not tasks:
         raise ValueError(f'{name} is for benchmarks; add --tasks=hellaswag or another')
 device, dtype, _ = resolve(device, 'auto' if dtype == 'fast' else dtype, False, quantize)
-tune(device)
+tune(device, lengths_vary=True)
 rank, world_size = parallel.start('auto', device, 600, int(os.environ.get('WORLD_SIZE', 1)))
 ctx = autocast(device, dtype)
 
@@ -67,6 +68,9 @@ ctx = autocast(device, dtype)
 source = ckpt.best(out_dir) if init_from == 'resume' else init_from
 model, loaded = ckpt.open_model(source)
 model.eval().to(device)
+block_size = model.config.block_size if block_size is None else block_size
+if block_size > model.config.block_size:
+    raise ValueError(f'block_size={block_size} is more than the {model.config.block_size} of {source}')
 num_params = model.get_num_params()
 if quantize:
     pack(model.to(DTYPES[dtype]), int8=True)
@@ -113,7 +117,7 @@ say(f'{source}: {num_params / 1e6:.2f}M parameters on {device}, {quantize or dty
 # loss
 bytes_of = torch.tensor(byte_counts(meta), device=device)
 for split in ('train', 'val'):
-    data = Loader(os.path.join(data_dir, f'{split}.bin'), model.config.block_size, batch_size, model.config.vocab_size, lines=lines)
+    data = Loader(os.path.join(data_dir, f'{split}.bin'), block_size, batch_size, model.config.vocab_size, lines=lines)
     num_bytes = torch.zeros((), dtype=torch.int64, device=device)
 
     def batches():

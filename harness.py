@@ -84,8 +84,9 @@ class Harness(TemplateLM):
             prompts = [(self.tok_encode(requests[i].args[0]) or [self.eot_token_id])[new - self.max_length:] for i in batch]
             ends = lambda b, ids: ids[-1] == self.tok.eot or any(s in self.tok.decode(ids) for s in until)
             temperature = options.get('temperature', 1.0) if options.get('do_sample') else 0
-            rows = list(stream(self.model, prompts, new, temperature=temperature, top_k=options.get('top_k') or None, top_p=options.get('top_p', 1.0),
-                               vocab_size=self.tok.vocab_size, stop=ends))
+            with self.ctx:
+                rows = list(stream(self.model, prompts, new, temperature=temperature, top_k=options.get('top_k') or None, top_p=options.get('top_p', 1.0),
+                                   vocab_size=self.tok.vocab_size, stop=ends))
             for i, ids in zip(batch, torch.stack(rows, dim=1).tolist()):
                 text = self.tok.decode([t for t in ids if t >= 0 and t != self.tok.eot])
                 said[i] = text[:min((text.find(s) for s in until if s in text), default=None)]

@@ -72,7 +72,10 @@ class Muon(torch.optim.AdamW):
                     if p.grad is not None:
                         by_shape.setdefault(p.shape, []).append(p)
                 for params in by_shape.values():
-                    self.muon_step(params, group['lr'], momentum, group['weight_decay'], bad)
+                    sharded = hasattr(params[0], 'full_tensor') # then only as many are whole at a time as there are ranks
+                    n = dist.get_world_size() if sharded else len(params)
+                    for i in range(0, len(params), n):
+                        self.muon_step(params[i:i + n], group['lr'], momentum, group['weight_decay'], bad)
         super().step() # AdamW passes over what has no gradient any more
 
     def muon_step(self, params, lr, momentum, weight_decay, bad):
@@ -97,8 +100,9 @@ class Muon(torch.optim.AdamW):
         if rows == 3 * cols: # c_attn (without n_kv_head): queries, keys and values each by themselves
             grad = grad.view(-1, cols, cols)
         update = (orthogonalize_together(grad) * max(1, grad.size(1) / cols) ** 0.5).reshape(-1, rows, cols)
+        keep = 1 - lr * weight_decay
         for p, u in zip(params, update):
-            p.mul_(1 - lr * weight_decay).sub_(share(u, p).to(p.dtype) * lr)
+            p.mul_(keep).sub_(share(u, p).to(p.dtype) * lr)
             p.grad = None
 
 

@@ -167,10 +167,11 @@ def shard(model, device, dtype, compile):
 
 
 def exchange(model, on):
-    """Context for a backward pass that does (on=True) or does not yet exchange gradients between ranks."""
-    if hasattr(model, 'set_requires_gradient_sync'): # FSDP2
-        model.set_requires_gradient_sync(on)
-    elif hasattr(model, 'no_sync') and not on: # DDP
+    """
+    Context for a backward pass that does (on=True) or does not yet exchange gradients between ranks. FSDP2 exchanges them
+    each time: what is not shared out yet would be whole on every rank.
+    """
+    if hasattr(model, 'no_sync') and not on: # DDP
         return model.no_sync()
     return contextlib.nullcontext()
 

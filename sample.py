@@ -76,7 +76,7 @@ for prompt in prompts:
 if output and interactive:
     raise ValueError('--output is not written with --interactive; leave one of them out')
 device, dtype, compile = resolve(device, 'auto' if dtype == 'fast' else dtype, compile, quantize) # small networks are not faster
-tune(device)
+tune(device, lengths_vary=True)
 
 # -----------------------------------------------------------------------------
 # model, and the tokenizer that came with it
@@ -92,6 +92,8 @@ def read_prompts(text):
     """The prompts that an entry of `start` stands for."""
     kind, _, path = text.partition(':') if text != '-' else ('FILE', '', 0)
     if kind not in ('FILE', 'LINES'):
+        if not text.isascii() and any('\ud800' <= c <= '\udfff' for c in text): # bytes that Python could not read
+            raise ValueError('the prompt is not UTF-8 text')
         return [text]
     try:
         with open(path, encoding='utf-8-sig', closefd=path != 0) as f: # with Windows' mark at its start or without
@@ -176,6 +178,9 @@ if interactive: # a text that goes on and on; what was said is not computed agai
         except (EOFError, KeyboardInterrupt):
             print()
             break
+        except UnicodeDecodeError as e:
+            print(f'that is not UTF-8 text: {e.reason}')
+            continue
         within = context and context[-1] != tokenizer.eot and not tokenizer.decode(context).endswith('\n') # a line that has not ended
         try:
             line = tokenizer.encode('\n' + line if within else line)

@@ -21,7 +21,7 @@ eval_only = False # True: evaluate what was loaded and exit
 save_interval: int | None = None # iterations between two checkpoints, None: as often as evaluations
 always_save_checkpoint = True # False: beside the last checkpoint keep the best, best.pt, for sampling
 keep_checkpoints = 1 # how many of the latest to keep, as ckpt-ITERATION.pt when more than one
-init_from = 'scratch' # 'resume', 'auto' (resume if there is a run), or weights to fine-tune: a folder, a file, a hub name such as 'gpt2-xl'
+init_from = 'scratch' # 'resume', 'auto' (resume if there is a run, else as the recipe says), or weights: a folder, a file, a hub name such as 'gpt2-xl'
 # wandb logging
 wandb_log = False # needs the package wandb and a login
 wandb_project = 'owt' # the project that runs are filed under
@@ -75,7 +75,7 @@ loss_chunk = 0 # positions whose logits are computed at a time, 0: all; less mem
 device = 'auto' # 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto' # 'float32', 'bfloat16', 'float16', or 'fast': as 'auto', but bfloat16 on CPUs that multiply it faster
 compile: bool | str = 'auto' # torch.compile: a slow start, then faster steps; 'auto': on GPUs that Triton supports
-config, given = configure(globals(), model='model.py:GPTConfig') # from here on the knobs are what files and flags made them
+config, given = configure(globals(), model='model.py:GPTConfig', of_files=(of_files := {})) # from here on the knobs are what files and flags made them
 
 # -----------------------------------------------------------------------------
 # imports come after the knobs, so that --help and a mistyped flag answer before torch has loaded
@@ -130,7 +130,7 @@ data_dir = os.path.join('data', dataset)
 must_exist(os.path.join(data_dir, 'train.bin')) # before weights are fetched for nothing
 meta = dataset_meta(data_dir) # of its tokenizer, travels in the checkpoint
 own = os.path.join(out_dir, 'ckpt.pt') # this run's
-init_from = ckpt.where_from(init_from, own, config) # 'auto', and a restart by torchrun after a fault, may mean 'resume'
+init_from = ckpt.where_from(init_from, own, config, of_files) # 'auto', and a restart by torchrun after a fault, may mean 'resume'
 torch.manual_seed(seed)
 asked = ckpt.asked_sizes(config, given)
 
@@ -184,8 +184,7 @@ start_iter = iter_num
 raw_model = model
 if compile:
     say('compiling the model, this takes a minute ...')
-if compile and not fsdp:
-    model = torch.compile(model, dynamic=False)
+    model = model if fsdp else torch.compile(model, dynamic=False)
 if ddp and not fsdp:
     model = DDP(model, device_ids=[torch.device(device).index] if 'cuda' in device else None, gradient_as_bucket_view=True)
 
@@ -317,6 +316,7 @@ while True:
                       grad_norm=grad_norm.item(), clipped=clipped.item(), bad_steps=int(bad_steps), peak_speed=peak_speed,
                       memory_gb=memory_gb(device), **health(raw_model, before))
         bad_steps, clipped = torch.zeros(2, device=device)
+        before = None # its memory
     if max_bad_steps and (logged or device == 'cpu') and bad_in_row >= max_bad_steps:
         problem = (f'no finite loss or gradient in {int(bad_in_row)} steps in a row; the last checkpoint is from before them. Look at '
                    f'grad_norm in {log.path}; lower rates, a longer warmup or bfloat16 in place of float16 may help')

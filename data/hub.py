@@ -1,5 +1,8 @@
 """Documents from a dataset of the Hugging Face hub, or from local Parquet files, to train.bin and val.bin."""
 
+import glob
+import os
+
 from .write import Piece, write_documents
 
 
@@ -44,16 +47,19 @@ def prepare(hub_name, data_files, column, streaming, output_dir, val_every, **wh
     if val_every < 2:
         raise ValueError(f'val_every={val_every} must be at least 2')
     documents = load_documents(hub_name, column, streaming, data_files, **where)
+    files = [f'{path} {os.path.getsize(path)} {os.stat(path).st_mtime_ns}' for path in sorted(glob.glob(data_files, recursive=True))] # others start anew
 
     def pieces_after(n):
         for batch in unbroken(documents.skip(n).iter(batch_size=1000), data_files or hub_name):
             for text in batch[column]:
+                if not isinstance(text, str):
+                    raise ValueError(f'{data_files or hub_name}: document {n + 1} has no text in column {column!r} but {type(text).__name__}')
                 yield Piece(text, 'val' if n % val_every == val_every - 1 else 'train', ends=True)
                 n += 1
 
     write_documents(
         output_dir, pieces_after,
-        source=':'.join([data_files or hub_name, *where.values(), column, str(val_every)]),
+        source=':'.join([data_files or hub_name, *where.values(), column, str(val_every), *files]),
         total=None if streaming else len(documents),
         few=f'too few documents to hold out one in {val_every}; lower --val_every',
     )

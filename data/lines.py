@@ -122,6 +122,7 @@ def write_lines(folder, make, num_examples, seed, mark='=', val_share=0.05):
                     counts[split] += len(rows)
                 written += len(keep)
                 bar.update(len(keep))
+        clear(folder, partial=True)
         write_whole(os.path.join(folder, 'meta.pkl'), lambda f: pickle.dump(ASCII, f)) # first, as in data/tokenizer.py
         texts = {split: np.fromfile(path, dtype=np.uint8) for split, path in paths.items()}
         for split, text in texts.items():

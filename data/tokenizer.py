@@ -15,6 +15,7 @@ import numpy as np
 from data.download import checked, from_wheel, within
 
 GPT2 = {'tokenizer': 'gpt2', 'vocab_size': 50257}  # the meta of a dataset without meta.pkl
+GPT2_SIZES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl') # names of OpenAI's weights on the hub
 
 
 class Tokenizer(NamedTuple):
@@ -80,10 +81,15 @@ def byte_counts(meta):
     if meta.get('tokenizer') == 'json':
         import tokenizers
         bpe = tokenizers.Tokenizer.from_str(meta['json'])
-        bytewise = 'ByteLevel' in str(json.loads(meta['json'])['decoder']) # each character of such a token is a byte
+        decoder = json.loads(meta['json'])['decoder'] or {}
+        bytewise = 'ByteLevel' in str(decoder) # each character of such a token is a byte
+        inner = decoder['prefix'] if decoder.get('type') == 'WordPiece' else None # of a token within a word; before others comes a space
         special = {i for i, token in bpe.get_added_tokens_decoder().items() if token.special}
         tokens = [None if i in special else bpe.id_to_token(i) for i in range(meta['vocab_size'])]
-        in_words = lambda t: 1 if re.fullmatch('<0x[0-9A-F]{2}>', t) else len(t.replace('\u2581', ' ').encode()) # SentencePiece's: a byte, or text
+        def in_words(t):
+            if inner is not None:
+                return len(t.removeprefix(inner).encode()) + (not t.startswith(inner))
+            return 1 if re.fullmatch('<0x[0-9A-F]{2}>', t) else len(t.replace('\u2581', ' ').encode()) # SentencePiece's: a byte, or text
         return [0 if t is None else len(t) if bytewise else in_words(t) for t in tokens]
     if meta.get('tokenizer') == 'byte':
         return [1] * 256 + [0]
@@ -118,7 +124,7 @@ def make_meta(tokenizer, vocab_size=None, texts=(), characters=None):
             meta = {'tokenizer': 'tiktoken', 'name': tokenizer, 'vocab_size': tiktoken_encoding(tokenizer).n_vocab}
         else:
             meta = hub_meta(tokenizer)
-            if meta['eot'] is None:
+            if meta.get('tokenizer') == 'json' and meta['eot'] is None:
                 raise ValueError(f'tokenizer={tokenizer!r} has no token to end documents with, such as <|endoftext|>')
     return with_dtype(meta)
 
@@ -129,7 +135,12 @@ def with_dtype(meta):
 
 
 def hub_meta(name):
-    """The meta of a tokenizer.json, or of a folder or name that transformers.AutoTokenizer knows; its eot may be None."""
+    """
+    The meta of a tokenizer.json, or of a folder or name that transformers.AutoTokenizer knows; its eot may be None. One that was
+    written from characters, and GPT-2's BPE, whoever's weights it came with, are what they are without a detour.
+    """
+    if name in GPT2_SIZES:
+        return dict(GPT2)
     import tokenizers
     try:
         if os.path.isfile(name):
@@ -149,7 +160,15 @@ def hub_meta(name):
     bpe.no_truncation(), bpe.no_padding() # which such files may ask for too
     ids = [bpe.token_to_id(token) for token in (ends, '<|endoftext|>', '<|end_of_text|>', '</s>', '<eos>') if token]
     eot = next((i for i in ids if i is not None), None)
-    return {'tokenizer': 'json', 'json': bpe.to_str(), 'vocab_size': max(bpe.get_vocab().values()) + 1, 'eot': eot}
+    meta = {'tokenizer': 'json', 'json': bpe.to_str(), 'vocab_size': max(bpe.get_vocab().values()) + 1, 'eot': eot}
+    kind = json.loads(meta['json'])['model']
+    if kind['type'] == 'WordLevel' and all(len(token) == 1 or i == eot for token, i in kind['vocab'].items()):
+        return {'vocab_size': meta['vocab_size'], 'stoi': kind['vocab'], 'itos': {i: token for token, i in kind['vocab'].items()},
+                **({'eot': eot} if eot is not None else {})}
+    known = {'Hello': 15496, '\u0120world': 995, '\u0120SolidGoldMagikarp': 43453, '<|endoftext|>': 50256}
+    if meta['vocab_size'] == 50257 and all(bpe.token_to_id(token) == i for token, i in known.items()):
+        return dict(GPT2)
+    return meta
 
 
 def tiktoken_encoding(name):

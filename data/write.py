@@ -29,6 +29,13 @@ def to_dtype(ids, dtype):
     return ids.astype(dtype)
 
 
+def clear(folder, partial=False):
+    """Remove the dataset in a folder, so that nothing of it stands beside what belongs to another; partial: begun masks too."""
+    for name in ('train.bin', 'val.bin', 'train.mask', 'val.mask', 'meta.pkl', *(('train.mask.partial', 'val.mask.partial') if partial else ())):
+        if os.path.exists(os.path.join(folder, name)):
+            os.remove(os.path.join(folder, name))
+
+
 def write_dataset(folder, text, meta=None, val_share=0.1):
     """
     Write train.bin and val.bin for one text, the last `val_share` of its characters held out, and
@@ -38,6 +45,7 @@ def write_dataset(folder, text, meta=None, val_share=0.1):
     tokenizer = from_meta(meta or GPT2)
     cut = int(len(text) * (1 - val_share))
     ids = {'train': to_uint16(tokenizer.to_array(text[:cut])), 'val': to_uint16(tokenizer.to_array(text[cut:]))}
+    clear(folder, partial=True)
     if meta: # first, so that no .bin is ever there without the vocabulary it was written with
         write_whole(os.path.join(folder, 'meta.pkl'), lambda f: pickle.dump(meta, f))
         print(f'{short(folder)}/meta.pkl: {meta["vocab_size"]} symbols: {"".join(meta["stoi"])!r}')
@@ -149,10 +157,7 @@ def write_documents(folder, pieces_after, source, meta=None, total=None, unit='d
             for path in (journal, *(path + '.partial' for path in files)):
                 if os.path.exists(path):
                     os.remove(path)
-    # nothing stands beside what belongs to another
-    for path in [os.path.join(folder, name) for name in ('train.bin', 'val.bin', 'train.mask', 'val.mask', 'meta.pkl')]:
-        if os.path.exists(path):
-            os.remove(path)
+    clear(folder, partial=not masked)
     if meta:
         write_whole(os.path.join(folder, 'meta.pkl'), lambda f: pickle.dump(meta, f))
     for split in paths:

@@ -70,6 +70,13 @@ def test_a_value_arrives_as_its_knobs_type(run, flag, shown):
     assert shown in run(flag)
 
 
+@pytest.mark.parametrize('line', ['from a import *', 'from a import batch_size, learning_rate, math', "exec(open('config/a.py').read())"])
+def test_a_config_file_may_take_in_another(run, line):
+    (run.folder / 'config' / 'c.py').write_text(f"import sys\nsys.path.insert(0, 'config')\n{line}\nlearning_rate = 2.0\n")
+    shown = run('config/c.py')
+    assert "'batch_size': 10," in shown and "'learning_rate': 2.0" in shown and "['batch_size', 'learning_rate']" in shown
+
+
 def test_files_and_flags_apply_from_left_to_right(run):
     assert "'batch_size': 10," in run('config/a.py')
     assert "'batch_size': 11," in run('config/a.py', 'config/b.py')
@@ -167,6 +174,7 @@ def test_an_error_that_is_not_ours_keeps_its_traceback(run):
 @pytest.mark.parametrize('line, code, message', [
     ('import data.tokenizer as t; t.write_whole("nowhere/x.txt", None)', 2, 'error: nowhere/x.txt.partial: No such file or directory'),
     ('import torch; torch.empty(10**15)', 1, 'error: out of memory'),
+    ('import operator, data.tokenizer as t; t.write_whole("x", operator.methodcaller("truncate", -1))', 1, 'error: Invalid argument'), # as of a full disk
     ('sys.modules["torch"] = None; import muon', 2, 'needs the package torch, which '),
 ])
 def test_a_missing_file_too_little_memory_and_a_missing_package_are_one_line(run, line, code, message):

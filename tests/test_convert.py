@@ -5,7 +5,7 @@ import torch
 
 from checkpoint import open_model
 from convert import fast_tokenizer, from_pretrained, to_transformers
-from data.tokenizer import GPT2, char_meta, from_meta, make_meta
+from data.tokenizer import GPT2, char_meta, from_meta, make_meta, same_tokenizer
 from model import GPT, GPTConfig
 from test_model import MODERN
 
@@ -132,3 +132,12 @@ def test_special_tokens_of_tiktoken_keep_their_ids(monkeypatch):
     assert tokenizer(TEXT)['input_ids'] == own.encode(TEXT) and tokenizer.eos_token_id == own.eot == 260
     assert tokenizer.decode([256, 260, 262]) == own.decode([256, 260, 262]) == 'to<|endoftext|><|fim_prefix|>'
     assert own.decode([256, 258, 259, 257]) == 'tobe'
+
+
+@pytest.mark.parametrize('meta', [char_meta(TEXT), make_meta('char', characters=set(TEXT) | {'<|endoftext|>'}), make_meta('train', 300, [TEXT * 5])])
+def test_a_text_can_be_prepared_for_exported_weights(meta, tmp_path):
+    """With --tokenizer=FOLDER, as train.py asks for where the weights had another one."""
+    to_transformers(scrambled(vocab_size=320, **MODERN), meta, str(tmp_path / 'hf'))
+    again = from_pretrained(str(tmp_path / 'hf'))[1]
+    assert same_tokenizer(make_meta(str(tmp_path / 'hf')), again) and from_meta(again).encode(TEXT) == from_meta(meta).encode(TEXT)
+    assert same_tokenizer(make_meta('gpt2-xl'), GPT2)

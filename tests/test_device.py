@@ -3,13 +3,14 @@ import os
 import pytest
 import torch
 
+import device
 from device import cpu_threads, peak_flops, resolve, tune
 
 
 @pytest.fixture
 def machine(monkeypatch):
     """Pretend: machine(capability=(8, 0)) has a GPU of that kind, machine(mps=True) is an Apple laptop."""
-    def pretend(capability=None, mps=False, triton=True, gpus=1, name='NVIDIA H200', archs=('sm_50', 'sm_75', 'sm_90a', 'compute_120')):
+    def pretend(capability=None, mps=False, triton=True, lacking='', gpus=1, name='NVIDIA H200', archs=('sm_50', 'sm_75', 'sm_90a', 'compute_120')):
         monkeypatch.setattr(torch.cuda, 'is_available', lambda: capability is not None)
         monkeypatch.setattr(torch.cuda, 'device_count', lambda: gpus if capability else 0)
         monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device=None: capability)
@@ -17,8 +18,13 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.cuda, 'get_arch_list', lambda: list(archs))
         monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: mps)
         monkeypatch.setattr('importlib.util.find_spec', lambda name: triton or None)
+        monkeypatch.setattr('device.lacking', lambda: lacking)
         monkeypatch.delenv('LOCAL_RANK', raising=False)
     return pretend
+
+
+def test_a_cpu_has_no_number():
+    assert resolve('cpu:0', 'float32', False)[0] == 'cpu'
 
 
 @pytest.mark.parametrize('kind, want', [
@@ -26,6 +32,7 @@ def machine(monkeypatch):
     (dict(mps=True), ('mps', 'float32', False)),
     (dict(capability=(9, 0)), ('cuda:0', 'bfloat16', True)),
     (dict(capability=(8, 0), triton=False), ('cuda:0', 'bfloat16', False)), # Windows
+    (dict(capability=(8, 0), lacking='a C compiler'), ('cuda:0', 'bfloat16', False)), # a bare image
     (dict(capability=(7, 5)), ('cuda:0', 'float16', True)), # T4: no bf16 units
     (dict(capability=(6, 1)), ('cuda:0', 'float16', False)), # too old for Triton
     (dict(capability=(9, 0), archs=['gfx90a', 'gfx942']), ('cuda:0', 'bfloat16', True)), # AMD's
@@ -53,6 +60,7 @@ def test_every_process_takes_its_own_gpu(machine, monkeypatch):
     (dict(capability=(6, 1), archs=['sm_75', 'sm_90a']), ('auto', 'auto', 'auto'), 'has compute capability 6.1, and this torch has code from 7.5 up; use --device=cpu'),
     (dict(capability=(6, 1)), ('auto', 'auto', True), 'needs the package triton and compute capability 7.0'),
     (dict(capability=(8, 0), triton=False), ('auto', 'auto', True), 'needs the package triton'),
+    (dict(capability=(8, 0), lacking='a C compiler'), ('auto', 'auto', True), 'needs a C compiler, for Triton'),
     (dict(capability=(9, 0), gpus=2), ('cuda:2', 'auto', 'auto'), 'this machine has 2 GPU'),
 ])
 def test_what_the_machine_cannot_do_is_a_one_line_error(machine, kind, asked, message):
@@ -95,3 +103,14 @@ def test_threads_are_the_cores_that_a_process_may_use(tmp_path, monkeypatch, pro
 def test_float32_is_exact_on_a_cpu():
     tune('cpu')
     assert torch.get_float32_matmul_precision() == 'highest'
+
+
+def test_what_triton_lacks_is_named(monkeypatch, tmp_path):
+    monkeypatch.delenv('CC', raising=False)
+    monkeypatch.setattr('sysconfig.get_path', lambda name: str(tmp_path))
+    monkeypatch.setattr('shutil.which', lambda name: None)
+    assert device.lacking().startswith('a C compiler')
+    monkeypatch.setattr('shutil.which', lambda name: '/usr/bin/cc')
+    assert device.lacking().startswith("Python's headers")
+    (tmp_path / 'Python.h').write_text('')
+    assert device.lacking() == ''

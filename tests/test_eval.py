@@ -53,6 +53,7 @@ def test_the_loss_is_that_of_training_and_bits_count_bytes(project, trained):
     assert loss == pytest.approx(val, abs=2e-4) and perplexity == pytest.approx(np.exp(loss), rel=1e-3)
     assert bits == pytest.approx(loss / np.log(2), abs=2e-4) # one byte a character
     assert 'exact match' not in out
+    assert 'val' in project.run('eval.py', f'--out_dir={trained[0]}', '--eval_iters=2', '--block_size=3').stdout
 
 
 def test_a_character_of_several_bytes_counts_as_such(project):
@@ -84,6 +85,7 @@ def test_bad_input_of_eval_is_one_line(swapped, trained):
     assert 'data/poems/train.bin not found' in swapped.error('train.py', f'--init_from={trained[0]}', '--device=cpu', '--dataset=poems')
     assert 'output is for benchmarks; add --tasks=' in swapped.error('eval.py', f'--out_dir={trained[0]}', '--output=r.json')
     assert 'data/poems/train.bin not found' in swapped.error('eval.py', f'--out_dir={trained[0]}', '--dataset=poems')
+    assert 'block_size=99 is more than' in swapped.error('eval.py', f'--out_dir={trained[0]}', '--block_size=99')
     assert 'eval_iters=0 must be at least 1' in swapped.error('eval.py', '--eval_iters=0')
 
 

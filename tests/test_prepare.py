@@ -94,6 +94,14 @@ def test_web_text_is_read_from_local_parquet(tmp_path, fake_bpe, monkeypatch, ca
     sys.excepthook = sys.__excepthook__
 
 
+def test_web_text_that_is_no_text_is_one_line(project, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    pq.write_table(pa.table({'text': ['a', None, 'b']}), tmp_path / 'a.parquet')
+    said = project.error('data/openwebtext/prepare.py', f'--data_files={tmp_path}/a.parquet', f'--output_dir={tmp_path}', '--streaming=True')
+    assert "document 2 has no text in column 'text' but NoneType" in said and not list(tmp_path.glob('*.partial'))
+
+
 @pytest.mark.parametrize('flags, message', [
     (['--data_files=nowhere/*.parquet'], 'nowhere/*.parquet cannot be loaded'),
     (['--colum=x'], 'did you mean --column?'),

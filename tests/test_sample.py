@@ -49,6 +49,8 @@ def test_a_nanogpt_checkpoint_is_sampled_with_its_datasets_vocabulary(project):
 @pytest.mark.parametrize('flags, message', [
     (['--start=€'], "the vocabulary lacks '€'"),
     (['--start='], 'the prompt is empty'),
+    (['--start=\udcff'], 'the prompt is not UTF-8 text'),
+    (['--quantize=int8', '--dtype=float32'], 'computes the rest in bfloat16'),
     (['--start=FILE:missing.txt'], 'prompt file missing.txt not found'),
     (['--start=FILE:binary.txt'], 'is not UTF-8 text'),
     (['--out_dir=nowhere'], 'nowhere/ckpt.pt not found'),

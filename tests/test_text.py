@@ -166,7 +166,10 @@ def test_a_meta_that_describes_no_tokenizer_is_refused(meta):
     ({'a.txt': b'text \0 and a zero byte ' * 100}, [], 'a.txt is binary'),
     ({'a.jsonl': b'{"body": "hello"}\n'}, [], "a.jsonl:1 has no text 'text'; it has body"),
     ({'a.jsonl': b'{"text": "hello"}\n{"text": 3}\n'}, [], "a.jsonl:2 has no text 'text'"),
+    ({'a.jsonl': b'{"text": null}\n'}, [], "a.jsonl:1 has no text 'text'; 'text' is NoneType"),
     ({'a.jsonl': b'{"text": "hello"\n'}, [], 'a.jsonl:1 is not JSON'),
+    ({'a.jsonl': b'[' * 100_000}, [], 'a.jsonl:1 is not JSON'),
+    ({'a.txt': b'text ' * 100}, ['--vocab_size=500'], 'vocab_size is that of --tokenizer=train'),
     ({'a.parquet': b'hello'}, [], 'is no Parquet file'),
     ({'a.txt.gz': b'hello'}, [], 'is no whole gzip file'),
     ({'a.txt': b'text ' * 100}, ['--tokenizer=no/where'], "tokenizer='no/where' is none of 'char'"),
@@ -272,3 +275,15 @@ def test_another_tokenizer_does_not_go_on_with_the_work_of_one(tmp_path):
             (tmp_path / 'progress.json').write_text('{"sour')
         write_documents(str(tmp_path), lambda n: (Piece('b' * 10, split, True) for split in ('train', 'val')), source, make_meta('byte'))
         assert np.fromfile(tmp_path / 'train.bin', dtype=np.uint16).tolist() == [98] * 10 + [256]
+
+
+def test_texts_that_differ_in_a_few_digits_are_held_out_too():
+    pieces = ((piece, ends, 1) for i in range(200) for piece, ends in ((f'what is {i}?', False), ('\nwho knows', True)))
+    held_out = [piece for piece in text.split(pieces, [20] * 100, 0.05, prompts=True) if piece.split == 'val']
+    assert 4 <= len(held_out) <= 40
+
+
+def test_hidden_files_are_not_read(tmp_path):
+    (tmp_path / 'a.txt').write_text('to be')
+    (tmp_path / '.#b.txt').symlink_to('nobody@nowhere.1') # as Emacs locks a file
+    assert text.find_files(str(tmp_path)) == [str(tmp_path / 'a.txt')]

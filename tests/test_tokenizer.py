@@ -65,6 +65,20 @@ def test_the_space_between_a_prompt_and_its_continuation_stays():
     assert tokenizer.continuation(words, [0] * 20, []) == '' and tokenizer.continuation(words, [], [0, 1]) == 'hello world'
 
 
+def test_bytes_of_words_in_pieces_count_the_spaces_between_them():
+    from tokenizers import Tokenizer, decoders, models
+    bpe = Tokenizer(models.WordPiece({'help': 0, '##ing': 1, '[UNK]': 2}, unk_token='[UNK]'))
+    bpe.decoder = decoders.WordPiece()
+    assert tokenizer.byte_counts({'tokenizer': 'json', 'json': bpe.to_str(), 'vocab_size': 3, 'eot': None})[:2] == [5, 3]
+
+
+def test_a_dataset_takes_the_place_of_all_of_another(tmp_path):
+    for name in ('train.mask', 'val.mask', 'meta.pkl', 'train.mask.partial'):
+        (tmp_path / name).write_bytes(b'of another')
+    write_dataset(str(tmp_path), 'abc\n' * 50, char_meta('abc\n'))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['meta.pkl', 'train.bin', 'val.bin']
+
+
 def test_a_token_id_that_does_not_fit_uint16_is_an_error():
     assert to_uint16([0, 65535]).tolist() == [0, 65535]
     for bad in (65536, -1):

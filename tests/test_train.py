@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -381,6 +382,28 @@ def test_the_modern_overlay_halves_the_iterations_of_whatever_stands_before_it(p
                       '--eval_iters=1', '--out_dir=out-modern').stdout
     assert 'step 4:' in out and 'step 5:' not in out
     assert ckpt.load(str(project.path / 'out-modern'))['config']['lr_decay_iters'] == 4
+
+
+def test_auto_begins_as_the_recipe_says_and_then_resumes(project, trained):
+    (project.path / 'tune-auto.py').write_text(f"init_from = {str(trained[0])!r}\ndevice = 'cpu'\ndataset = 'tiny'\nmax_iters = 2\neval_iters = 1\n"
+                                               "gradient_accumulation_steps = 1\n")
+    flags = ['tune-auto.py', '--init_from=auto', '--out_dir=out-tune-auto', '--compile=False']
+    first = float(re.search(r'step 0: .*val loss (\S+)', project.run('train.py', *flags).stdout)[1])
+    assert first < 0.9 * np.log(18) # of trained weights
+    assert 'resuming' in project.run('train.py', *flags, '--max_iters=3').stdout
+
+
+def test_make_takes_names_with_spaces(project):
+    """As far as a command to be run; nothing is installed or trained."""
+    shutil.copytree(project.path / 'data/tiny', project.path / 'data/my notes', dirs_exist_ok=True)
+    (project.path / 'pyproject.toml').write_text('')
+    for path in ('venv/pyproject.installed', 'venv/bin/python'):
+        (project.path / path).parent.mkdir(parents=True, exist_ok=True)
+        (project.path / path).write_text('')
+    (project.path / 'venv/bin/python').write_text('#!/bin/sh\ncase "$1" in -c) echo 0;; *) printf "%s|" "$@"; esac\n')
+    (project.path / 'venv/bin/python').chmod(0o755)
+    done = subprocess.run(['make', 'VENV=venv', 'train', 'DATASET=my notes'], cwd=project.path, text=True, capture_output=True)
+    assert 'train.py|config/train_text.py|config/cpu.py|--dataset=my notes|--out_dir=out-my notes|' in done.stdout, done.stdout + done.stderr
 
 
 def test_make_lists_its_targets(project):

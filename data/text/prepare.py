@@ -11,6 +11,7 @@ Uses all cores and little memory. Interrupt it at will: run again, it goes on wh
 
 import glob
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -27,7 +28,7 @@ from data.write import Piece, write_documents
 
 # -----------------------------------------------------------------------------
 # where the documents come from
-input: str | list = '' # a file, a folder, a glob, several with commas between or as a list; .txt .md .py and the like, .jsonl, .parquet, each also .gz
+input: str | list = '' # a file, a folder, a glob, several with commas between or as a list; .txt .md .py and the like, .jsonl, these also .gz; .parquet
 hub_name = '' # a dataset of the Hugging Face hub instead
 name = '' # which of its parts
 column = 'text' # of .jsonl, .parquet and the hub: what holds the text
@@ -52,9 +53,9 @@ def kind(path):
     return os.path.splitext(path.removesuffix('.gz'))[1].lower()
 
 
-def hidden(folder):
-    """Is a folder, or one it lies in, such as .git?"""
-    return any(part.startswith('.') for part in folder.split(os.sep) if part != '.')
+def hidden(path):
+    """Is a file, or a folder it lies in, such as .git?"""
+    return any(part.startswith('.') for part in path.split(os.sep) if part != '.')
 
 
 def find_files(inputs):
@@ -65,9 +66,11 @@ def find_files(inputs):
             path = os.path.expanduser(path.strip())
             if os.path.isdir(path):
                 inside = [os.path.join(folder, file) for folder, folders, files in os.walk(path) for file in files
-                          if kind(file) in TEXT + TABLES and not hidden(os.path.relpath(folder, path))]
+                          if kind(file) in TEXT + TABLES and not hidden(os.path.relpath(os.path.join(folder, file), path))]
             else:
                 inside = [path] if os.path.exists(path) else [file for file in glob.glob(path, recursive=True) if os.path.isfile(file)]
+            if os.path.exists(path) and not os.path.isdir(path) and not os.path.isfile(path):
+                raise ValueError(f'{path} is no regular file, and it is to be read twice; write it to one first')
             if not inside:
                 raise FileNotFoundError(f'{path}: no such file, and no text in such a folder')
             found += sorted(inside)
@@ -102,7 +105,7 @@ def json_row(line, where):
     """A line of jsonl as a dict."""
     try:
         row = json.loads(line)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f'{where} is not JSON: {e}') from e
     return row if isinstance(row, dict) else {f'a {type(row).__name__}': None}
 
@@ -111,7 +114,8 @@ def pieces_of(row, column, prompt, where, at):
     """The pieces of a row of a table: its text, or prompt and text."""
     for name in filter(None, (prompt, column)):
         if not isinstance(row.get(name), str):
-            raise ValueError(f'{where} has no text {name!r}; it has {", ".join(row)}; try --{"prompt" if name == prompt else "column"}=...')
+            has = f'{name!r} is {type(row[name]).__name__}' if name in row else f'it has {", ".join(row) or "nothing"}'
+            raise ValueError(f'{where} has no text {name!r}; {has}; try --{"prompt" if name == prompt else "column"}=...')
     whole = lambda text: text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace') # JSON can hold half a character
     if prompt:
         yield whole(row[prompt]), False, at
@@ -190,8 +194,9 @@ def split(pieces, lengths, val_share, prompts):
     begins = True
     for text, ends, size in pieces:
         if len(lengths) >= FEW or prompts:
-            if begins:
-                where = 'val' if zlib.crc32(text[:10_000].encode('utf-8', 'replace')) < val_share * 2**32 else 'train'
+            if begins: # not by a CRC: those of texts that differ in a few digits lie together
+                checksum = hashlib.blake2b(text[:10_000].encode('utf-8', 'replace'), digest_size=4).digest()
+                where = 'val' if int.from_bytes(checksum, 'little') < val_share * 2**32 else 'train'
             yield Piece(text, where, ends, size, counts=ends or not prompts)
         else:
             cut = min(max(0, int(lengths[number] * (1 - val_share)) - at), len(text)) # of this piece
@@ -204,7 +209,7 @@ def split(pieces, lengths, val_share, prompts):
 
 
 if __name__ == '__main__':
-    config, _ = configure(globals())
+    config, given = configure(globals())
     from data.hub import load_documents, unbroken
     if bool(input) == bool(hub_name):
         raise ValueError('say what to read: --input=FILE, a folder or a glob, or --hub_name=NAME')
@@ -214,6 +219,8 @@ if __name__ == '__main__':
         raise ValueError(f'val_share={val_share} must be between 0 and 1')
     if tokenizer == 'train' and not 257 <= vocab_size <= 1_000_000:
         raise ValueError(f'vocab_size={vocab_size} must be from 257 (the bytes and <|endoftext|>) to 1,000,000')
+    if 'vocab_size' in given and tokenizer != 'train':
+        raise ValueError(f'vocab_size is that of --tokenizer=train; tokenizer={tokenizer!r} has its own')
     if not dataset or os.path.basename(dataset) != dataset or dataset in ('.', '..'):
         raise ValueError(f'dataset={dataset!r} must be the name of a folder in data/')
     if input:
