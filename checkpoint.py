@@ -339,7 +339,8 @@ def load_optimizer(optimizer, scaler, checkpoint):
                     raise ValueError(f'{tuple(t.shape)} for a parameter of {tuple(params[i].shape)}')
                 tensors[name] = shard_like(t, params[i]) if torch.is_tensor(t) else t
         for group, ours in zip(state['param_groups'], optimizer.param_groups):
-            group.update({name: ours[name] for name in ('fused', 'foreach', 'weight_decay', 'betas', 'lr_scale') if name in ours}) # the knobs of now count
+            now = ('fused', 'foreach', 'weight_decay', 'betas', 'lr_scale') # what the knobs say today counts
+            group.update({name: ours[name] for name in now if name in ours})
         optimizer.load_state_dict(state)
         if state.get('scaler'): # empty unless float16
             scaler.load_state_dict(state['scaler'])

@@ -128,9 +128,12 @@ def cpu_threads(root='/sys'):
 
 
 def tune(device, lengths_vary=False):
-    """Settings of torch and the C library that cost nothing and help: TF32 on GPUs; on CPUs threads, and no page faults. lengths_vary: of sequences, as in sampling."""
+    """
+    Settings of torch and the C library that cost nothing and help: TF32 on GPUs; on CPUs threads, and no page faults.
+    lengths_vary: are sequences of many lengths to come, as in sampling?
+    """
     if 'cuda' in device:
-        torch.set_float32_matmul_precision('high') # TF32 where the hardware has it; CPUs with AMX-FP16 would take it too, and are to be exact
+        torch.set_float32_matmul_precision('high') # TF32; CPUs with AMX-FP16 would take it too, and are to be exact
         if lengths_vary: # on an H100 cuDNN would plan attention anew for each, for tens of milliseconds
             torch.backends.cuda.enable_cudnn_sdp(False)
         torch.cuda.set_device(device) # what asks for the current GPU means this one

@@ -21,7 +21,7 @@ eval_only = False # True: evaluate what was loaded and exit
 save_interval: int | None = None # iterations between two checkpoints, None: as often as evaluations
 always_save_checkpoint = True # False: beside the last checkpoint keep the best, best.pt, for sampling
 keep_checkpoints = 1 # how many of the latest to keep, as ckpt-ITERATION.pt when more than one
-init_from = 'scratch' # 'resume', 'auto' (resume if there is a run, else as the recipe says), or weights: a folder, a file, a hub name such as 'gpt2-xl'
+init_from = 'scratch' # 'resume', 'auto' (resume if there is a run, else as the recipe says), or weights: a folder, a file, a hub name
 # wandb logging
 wandb_log = False # needs the package wandb and a login
 wandb_project = 'owt' # the project that runs are filed under
@@ -75,7 +75,7 @@ loss_chunk = 0 # positions whose logits are computed at a time, 0: all; less mem
 device = 'auto' # 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto' # 'float32', 'bfloat16', 'float16', or 'fast': as 'auto', but bfloat16 on CPUs that multiply it faster
 compile: bool | str = 'auto' # torch.compile: a slow start, then faster steps; 'auto': on GPUs that Triton supports
-config, given = configure(globals(), model='model.py:GPTConfig', of_files=(of_files := {})) # from here on the knobs are what files and flags made them
+config, given = configure(globals(), model='model.py:GPTConfig', of_files=(of_files := {})) # now the knobs are what files and flags made them
 
 # -----------------------------------------------------------------------------
 # imports come after the knobs, so that --help and a mistyped flag answer before torch has loaded
@@ -303,7 +303,7 @@ while True:
 
     # every rank takes the same step
     logged = iter_num % log_interval == 0
-    before = [p.detach().clone() for p in raw_model.parameters()] if logged and evaluated else None
+    old_weights = [p.detach().clone() for p in raw_model.parameters()] if logged and evaluated else None
     optimizer.found_inf = bad # AdamW's fused kernel then leaves weights and state alone, and nobody waits for the GPU
     if not ('mps' in device and bad): # MPS's kernel ignores found_inf
         scaler.step(optimizer)
@@ -314,9 +314,9 @@ while True:
     if logged:
         log.iteration(iter_num, (first + count) * tokens_per_micro_batch, loss=parallel.total(loss_sum).item() / world_size, lr=lr,
                       grad_norm=grad_norm.item(), clipped=clipped.item(), bad_steps=int(bad_steps), peak_speed=peak_speed,
-                      memory_gb=memory_gb(device), **health(raw_model, before))
+                      memory_gb=memory_gb(device), **health(raw_model, old_weights))
         bad_steps, clipped = torch.zeros(2, device=device)
-        before = None # its memory
+        old_weights = None # their memory
     if max_bad_steps and (logged or device == 'cpu') and bad_in_row >= max_bad_steps:
         problem = (f'no finite loss or gradient in {int(bad_in_row)} steps in a row; the last checkpoint is from before them. Look at '
                    f'grad_norm in {log.path}; lower rates, a longer warmup or bfloat16 in place of float16 may help')
