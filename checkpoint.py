@@ -322,6 +322,9 @@ def made_by(config, path):
     return all(theirs.get(name) == value for name, value in config.items() if name not in {*checkpoint['model_args'], 'd_head', 'd_model'})
 
 
+OF_TODAY = ('fused', 'foreach', 'weight_decay', 'betas', 'lr_scale') # settings of which the knobs count, not the checkpoint
+
+
 def load_optimizer(optimizer, scaler, checkpoint):
     """Put a checkpoint's optimizer state, and the gradient scaler's, back; ValueError where it is missing or does not fit."""
     state = checkpoint.get('optimizer') # nanoGPT keeps it in the same file
@@ -339,8 +342,7 @@ def load_optimizer(optimizer, scaler, checkpoint):
                     raise ValueError(f'{tuple(t.shape)} for a parameter of {tuple(params[i].shape)}')
                 tensors[name] = shard_like(t, params[i]) if torch.is_tensor(t) else t
         for group, ours in zip(state['param_groups'], optimizer.param_groups):
-            now = ('fused', 'foreach', 'weight_decay', 'betas', 'lr_scale') # what the knobs say today counts
-            group.update({name: ours[name] for name in now if name in ours})
+            group.update({name: ours[name] for name in OF_TODAY if name in ours})
         optimizer.load_state_dict(state)
         if state.get('scaler'): # empty unless float16
             scaler.load_state_dict(state['scaler'])

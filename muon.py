@@ -72,8 +72,7 @@ class Muon(torch.optim.AdamW):
                     if p.grad is not None:
                         by_shape.setdefault(p.shape, []).append(p)
                 for params in by_shape.values():
-                    sharded = hasattr(params[0], 'full_tensor') # then only as many are whole at a time as there are ranks
-                    n = dist.get_world_size() if sharded else len(params)
+                    n = dist.get_world_size() if hasattr(params[0], 'full_tensor') else len(params) # FSDP2's: few are whole at a time
                     for i in range(0, len(params), n):
                         self.muon_step(params[i:i + n], group['lr'], momentum, group['weight_decay'], bad)
         super().step() # AdamW passes over what has no gradient any more

@@ -137,7 +137,7 @@ def with_dtype(meta):
 def hub_meta(name):
     """
     The meta of a tokenizer.json, or of a folder or name that transformers.AutoTokenizer knows; its eot may be None. One that was
-    written from characters, and GPT-2's BPE, whoever's weights it came with, are what they are without a detour.
+    written from characters, and GPT-2's BPE with whatever weights it came, are the metas that our own datasets have.
     """
     if name in GPT2_SIZES:
         return dict(GPT2)
