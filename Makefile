@@ -57,7 +57,7 @@ generate-%: install
 # without a GPU: the overlay; on one: plain python; on several: torchrun
 train: install
 	@set -e; test -f '$(CONFIG)' || { echo 'error: no recipe $(CONFIG); make lists them' >&2; exit 2; }; \
-	recipe=$$(sed -n "s/^dataset *= *['\"]\([^'\"]*\).*/\1/p" '$(CONFIG)'); dataset='$(DATASET)'; dataset=data/$${dataset:-$${recipe:-openwebtext}}; \
+	recipe=$$(sed -n "s/^dataset *= *['\"]\([^'\"]*\).*/\1/p" '$(CONFIG)'); dataset='$(or $(DATASET),$(patsubst --dataset=%,%,$(filter --dataset=%,$(ARGS))))'; dataset=data/$${dataset:-$${recipe:-openwebtext}}; \
 	test -z '$(INPUT)' || $(PY) data/text/prepare.py --input='$(INPUT)' --dataset='$(DATASET)'; \
 	test -f "$$dataset/train.bin" -a -f "$$dataset/val.bin" -o ! -f "$$dataset/prepare.py" || $(PY) "$$dataset/prepare.py"; \
 	gpus=$(GPUS); n=$(NGPUS); n=$${n:-$$gpus}; overlay='$(GPU_OVERLAY)'; test $$gpus -gt 0 || overlay='$(OVERLAY)'; \

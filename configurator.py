@@ -229,6 +229,8 @@ def run_file(path, scope, knobs, passed_over, own=()):
             plain = {name for name, value in scope.items() if isinstance(value, (bool, int, float, str, list, tuple, type(None)))
                      and value is not before.get(name, before)} # new or changed, and not assigned here
             lines = {**{name: node.lineno for name in plain & {*knobs, *passed_over}}, **lines}
+            if isinstance(node, ast.Call): # what a file that was executed misspelled; its own imports may be among the rest
+                lines.update({name: node.lineno for name in plain - {*lines} if not name.startswith('_') and did_you_mean(name, knobs)})
     settings = {}
     for name, line in lines.items():
         if name in knobs:

@@ -8,21 +8,25 @@ In come our checkpoints and nanoGPT's (a file, or a folder with one), and GPT2LM
 format of transformers (a folder, or a name of the Hugging Face hub).
 """
 
+from configurator import configure, one_of
+
+# -----------------------------------------------------------------------------
+init_from = 'out' # what to convert: a run's folder, a checkpoint, a folder in the format of transformers, or a name of the hub
+output = '' # the folder to write, which must be new
+to = 'transformers' # or 'flatgpt'
+if __name__ == '__main__': # the rest is a module too
+    configure(globals())
+
+# -----------------------------------------------------------------------------
 import os
 import sys
 import tempfile
 
 import torch
 
-from configurator import configure, one_of
 from data.tokenizer import GPT2_SIZES, from_meta, gpt2_encoding, hub_meta, tiktoken_encoding
 from model import GPT, GPTConfig
 
-# -----------------------------------------------------------------------------
-init_from = 'out' # what to convert: a run's folder, a checkpoint, a folder in the format of transformers, or a name of the hub
-output = '' # the folder to write, which must be new
-to = 'transformers' # or 'flatgpt'
-# -----------------------------------------------------------------------------
 
 # what each architecture of transformers is, in our knobs; the rest is free. Its biases are ours too, where bias=False has zeros
 GPT2_KNOBS = dict(pos='learned', norm='layernorm', activation='gelu', qk_norm=False, tie_embeddings=True, embed_norm=False,
@@ -239,7 +243,6 @@ print(tokenizer.decode(model.generate(**tokenizer('The', return_tensors='pt'), m
 
 
 if __name__ == '__main__':
-    configure(globals())
     import checkpoint as ckpt
     one_of(globals(), to=('transformers', 'flatgpt'))
     if not output or os.path.exists(output):

@@ -13,10 +13,13 @@ import shlex
 import sys
 import time
 
+from configurator import fail, one_line_errors
+
+if __name__ == '__main__':
+    sys.excepthook = one_line_errors # from here on, since a package of these may be missing
 from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
-from configurator import fail
 from data.tokenizer import write_whole
 from parallel import gather
 

@@ -37,7 +37,7 @@ def read_lines(meta, vocab_size, mask_before_token, mask_per_line, align_to_line
     tokenizer = from_meta(meta)
     newline = [i for i in range(tokenizer.vocab_size) if '\n' in tokenizer.decode([i])]
     if not newline and (align_to_lines or mask_per_line):
-        raise ValueError('the vocabulary has no newline, so there are no lines; use --align_to_lines=False --mask_per_line=False')
+        raise ValueError('the vocabulary has no newline, so there are no lines; train with --align_to_lines=False --mask_per_line=False')
     mark = None
     if mask_before_token:
         try:
@@ -47,7 +47,7 @@ def read_lines(meta, vocab_size, mask_before_token, mask_per_line, align_to_line
         if len(ids) != 1:
             raise ValueError(f'mask_before_token={mask_before_token!r} is {len(ids)} tokens in this vocabulary, it must be one')
         if mask_per_line and ids[0] in newline:
-            raise ValueError(f'mask_before_token={mask_before_token!r} ends lines, so it cannot stand within one; use --mask_per_line=False')
+            raise ValueError(f'mask_before_token={mask_before_token!r} ends lines, so it cannot stand within one; train with --mask_per_line=False')
         mark = table(ids)
     return Lines(table(newline), mark, mask_per_line, align_to_lines)
 
@@ -73,7 +73,7 @@ def find_starts(tokens, lines, block_size, chunk=1 << 24):
     """
     ends = np.concatenate([np.flatnonzero(lines.newline[tokens[i:i + chunk]]) + i for i in range(0, len(tokens), chunk)])
     if not len(ends):
-        raise ValueError('the dataset has no newlines, so no lines to align to; use --align_to_lines=False')
+        raise ValueError('the dataset has no newlines, so no lines to align to; train with --align_to_lines=False')
     starts = np.append(0, ends[:-1] + 1)
     longest = ends - starts
     starts = starts[(longest > 0) & (longest <= block_size) & (starts < len(tokens) - block_size)]

@@ -77,6 +77,12 @@ def test_a_config_file_may_take_in_another(run, line):
     assert "'batch_size': 10," in shown and "'learning_rate': 2.0" in shown and "['batch_size', 'learning_rate']" in shown
 
 
+def test_a_knob_misspelled_in_a_file_that_a_config_executes_is_told(run):
+    (run.folder / 'config' / 'd.py').write_text('from math import pi\nbath_size = 10\n')
+    (run.folder / 'config' / 'e.py').write_text("batch_size = 4\nexec(open('config/d.py').read())\n")
+    assert "config/e.py:2: unknown knob 'bath_size', did you mean batch_size?" in run('config/e.py')
+
+
 def test_files_and_flags_apply_from_left_to_right(run):
     assert "'batch_size': 10," in run('config/a.py')
     assert "'batch_size': 11," in run('config/a.py', 'config/b.py')
@@ -181,3 +187,10 @@ def test_a_missing_file_too_little_memory_and_a_missing_package_are_one_line(run
     (run.folder / 'script.py').write_text(SCRIPT + f'\n{line}\n')
     done = subprocess.run([sys.executable, 'script.py'], cwd=run.folder, text=True, capture_output=True)
     assert done.returncode == code and message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize('script', ['train.py', 'sample.py', 'eval.py', 'bench.py', 'convert.py', 'runlog.py'])
+def test_every_script_tells_a_missing_torch_in_one_line(script):
+    line = f'import runpy, sys; sys.modules["torch"] = None; sys.argv = ["{script}"]; runpy.run_path("{script}", run_name="__main__")'
+    done = subprocess.run([sys.executable, '-c', line], cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and 'needs the package torch' in done.stderr
