@@ -189,8 +189,10 @@ def test_a_missing_file_too_little_memory_and_a_missing_package_are_one_line(run
     assert done.returncode == code and message in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize('script', ['train.py', 'sample.py', 'eval.py', 'bench.py', 'convert.py', 'runlog.py'])
-def test_every_script_tells_a_missing_torch_in_one_line(script):
-    line = f'import runpy, sys; sys.modules["torch"] = None; sys.argv = ["{script}"]; runpy.run_path("{script}", run_name="__main__")'
+@pytest.mark.parametrize('script, package', [
+    *((script, 'torch') for script in ('train.py', 'sample.py', 'eval.py', 'bench.py', 'convert.py', 'runlog.py')),
+    *((str(path.relative_to(ROOT)), 'numpy') for path in sorted(ROOT.glob('data/*/prepare.py')))])
+def test_every_script_tells_a_missing_package_in_one_line(script, package):
+    line = f'import runpy, sys; sys.modules["{package}"] = None; sys.argv = ["{script}"]; runpy.run_path("{script}", run_name="__main__")'
     done = subprocess.run([sys.executable, '-c', line], cwd=ROOT, text=True, capture_output=True)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and 'needs the package torch' in done.stderr
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and f'needs the package {package}' in done.stderr

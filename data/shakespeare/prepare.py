@@ -11,9 +11,12 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
 
 from configurator import configure
+
+if __name__ == '__main__':
+    configure(globals())
+
 from data.shakespeare_char.prepare import shakespeare_text
 from data.write import write_dataset
 
 if __name__ == '__main__':
-    configure(globals())
     write_dataset(HERE, shakespeare_text(os.path.join(HERE, 'input.txt')))

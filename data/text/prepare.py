@@ -23,8 +23,6 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
 
 from configurator import configure
-from data.tokenizer import from_meta, make_meta, with_dtype
-from data.write import Piece, write_documents
 
 # -----------------------------------------------------------------------------
 # where the documents come from
@@ -39,7 +37,12 @@ vocab_size = 4096 # of a tokenizer that is trained
 # where they go
 dataset = 'text' # the folder in data/
 val_share = 0.05 # held out: whole documents where there are 100 or more, else the end of each
+if __name__ == '__main__':
+    config, given = configure(globals())
+
 # -----------------------------------------------------------------------------
+from data.tokenizer import from_meta, make_meta, with_dtype
+from data.write import Piece, write_documents
 
 TEXT = ('.txt', '.md', '.py', '.rst', '.tex', '.html', '.c', '.h', '.cpp', '.js', '.ts', '.java', '.go', '.rs', '.sh',
         '.json', '.csv', '.xml', '.yaml', '.yml', '.toml')
@@ -209,7 +212,6 @@ def split(pieces, lengths, val_share, prompts):
 
 
 if __name__ == '__main__':
-    config, given = configure(globals())
     from data.hub import load_documents, unbroken
     if bool(input) == bool(hub_name):
         raise ValueError('say what to read: --input=FILE, a folder or a glob, or --hub_name=NAME')
