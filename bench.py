@@ -467,6 +467,8 @@ def bench_growth():
             axis.set(xscale='log', xlabel=label, ylim=(0, 1.1 * axis.dataLim.y1)) # from zero: a share is to be seen as one
             axis.grid(alpha=0.3)
         axes[0].set_ylabel(f'microseconds a token ({device}, {dtype})')
+        axes[1].set_xticks(list(taken), list(taken))
+        axes[1].minorticks_off()
         axes[1].legend()
         figure.savefig(png, dpi=110)
         print(f'wrote {png}')

@@ -251,6 +251,11 @@ if __name__ == '__main__':
         raise ValueError(f'output={output!r}: {os.path.dirname(os.path.abspath(output))} is not there')
     model, loaded = ckpt.open_model(init_from)
     config, meta = loaded.get('config', {}), loaded.get('meta')
+    if not meta and 'dataset' in config: # nanoGPT leaves it with the dataset
+        try:
+            meta = ckpt.tokenizer_meta(loaded, init_from, model.config.vocab_size)
+        except ValueError: # which is not here
+            pass
     if to == 'flatgpt':
         ckpt.save(os.path.join(output, 'ckpt.pt'), dict(
             model=model.state_dict(), model_args=vars(model.config), meta=meta, config=config, iter_num=loaded.get('iter_num', 0),

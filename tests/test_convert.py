@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from checkpoint import open_model
+from conftest import write_dataset
 from convert import fast_tokenizer, from_pretrained, to_transformers
 from data.tokenizer import GPT2, char_meta, from_meta, make_meta, same_tokenizer
 from model import GPT, GPTConfig
 from test_model import MODERN
+from test_train import nanogpt_checkpoint
 
 TEXT = 'To be, or not to be: that is the question.\n\n  Zwölf Boxkämpfer — 漢字 42!\n'
 SMALL = dict(block_size=24, vocab_size=64, n_layer=2, n_head=4, n_embd=32)
@@ -141,3 +143,13 @@ def test_a_text_can_be_prepared_for_exported_weights(meta, tmp_path):
     again = from_pretrained(str(tmp_path / 'hf'))[1]
     assert same_tokenizer(make_meta(str(tmp_path / 'hf')), again) and from_meta(again).encode(TEXT) == from_meta(meta).encode(TEXT)
     assert same_tokenizer(make_meta('gpt2-xl'), GPT2)
+
+
+def test_a_nanogpt_checkpoint_takes_its_datasets_vocabulary_along(project):
+    from transformers import AutoTokenizer
+    write_dataset(project.path / 'data' / 'eighteen', 'abcdefghijklmnopqr' * 50)
+    for dataset, told in (('eighteen', ''), ('lost', 'without a tokenizer')):
+        nanogpt_checkpoint(project.path / f'out-{dataset}-nano', dataset=dataset)
+        assert told in project.run('convert.py', f'--init_from=out-{dataset}-nano', f'--output={dataset}-hf').stdout
+    assert AutoTokenizer.from_pretrained(project.path / 'eighteen-hf')('abc')['input_ids'] == [0, 1, 2]
+    assert project.run('sample.py', '--init_from=eighteen-hf', '--start=abc', '--num_samples=1', '--max_new_tokens=3').stdout.startswith('abc')
