@@ -38,7 +38,11 @@ def save(path, checkpoint, optimizer_state=None, keep=1):
     free = lambda stem: not any(os.path.exists(os.path.join(folder, f'{kind}-{stem}.pt')) for kind in ('optimizer', 'ckpt'))
     stem = next(filter(free, itertools.chain([f'{checkpoint["iter_num"]}'], (f'{checkpoint["iter_num"]}-{n}' for n in itertools.count(1)))))
     write(os.path.join(folder, f'optimizer-{stem}.pt'), optimizer_state)
-    write(path, {**checkpoint, 'optimizer_file': f'optimizer-{stem}.pt'})
+    try:
+        write(path, {**checkpoint, 'optimizer_file': f'optimizer-{stem}.pt'})
+    except OSError: # of no use alone, and the disk may be full of such
+        os.remove(os.path.join(folder, f'optimizer-{stem}.pt'))
+        raise
     try: # the new pair is whole; what follows may fail without harm, and is done again at the next save
         if not checkpoint.get('best_file') and os.path.exists(os.path.join(folder, 'best.pt')):
             os.remove(os.path.join(folder, 'best.pt')) # an earlier run's, or no longer the best
@@ -136,7 +140,7 @@ def load(path):
             raise ValueError(f'{path} refused: {name}={value!r} in its model_args')
     if checkpoint.get('meta'):
         check_meta(checkpoint['meta'], path)
-    for prefix in PREFIXES:
+    for prefix in PREFIXES * 2: # in either order
         checkpoint['model'] = {name.removeprefix(prefix): p for name, p in checkpoint['model'].items()
                                if not name.endswith('.attn.bias')} # the causal mask that early versions of nanoGPT kept
     checkpoint['path'] = path
@@ -314,12 +318,13 @@ def where_from(init_from, own, config, of_files={}):
 
 
 def made_by(config, path):
-    """Whether the checkpoint at `path`, if there is one, comes from a run with these knobs."""
+    """Whether the checkpoint at `path`, if there is one, comes from a run with these knobs, on whatever number of processes."""
     if not os.path.exists(path):
         return False
     checkpoint = load(path)
     theirs = checkpoint.get('config', {}) # sizes stand there as they turned out
-    return all(theirs.get(name) == value for name, value in config.items() if name not in {*checkpoint['model_args'], 'd_head', 'd_model'})
+    other = {*checkpoint['model_args'], 'd_head', 'd_model', 'batch_size', 'gradient_accumulation_steps', 'eval_iters'} # recipes share these out
+    return all(theirs.get(name) == value for name, value in config.items() if name not in other)
 
 
 OF_TODAY = ('fused', 'foreach', 'weight_decay', 'betas', 'lr_scale') # settings of which the knobs count, not the checkpoint

@@ -31,6 +31,9 @@ def start(backend, device, timeout, accumulation):
     """
     if 'RANK' not in os.environ:
         return 0, 1
+    missing = [name for name in ('WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT') if name not in os.environ]
+    if missing:
+        raise ValueError(f'the environment has RANK but not {", ".join(missing)}; launch with torchrun, or unset RANK')
     n = int(os.environ['WORLD_SIZE'])
     if accumulation % n:
         fits = [n * k for k in (accumulation // n, accumulation // n + 1) if k]

@@ -118,6 +118,8 @@ one_of(config, optimizer=('adamw', 'muon'), lr_schedule=('cosine', 'trapezoid'))
 # -----------------------------------------------------------------------------
 # devices and processes
 device, dtype, compile = resolve(device, dtype, compile)
+if gradient_checkpointing and 'mps' in device and (dropout or attn_dropout):
+    raise ValueError('gradient_checkpointing would draw other dropout masks in backward on MPS; add --dropout=0.0 --attn_dropout=0.0')
 tune(device)
 ctx = autocast(device, dtype)
 rank, world_size = parallel.start(backend, device, dist_timeout, gradient_accumulation_steps) # 0, 1 without torchrun

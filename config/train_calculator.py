@@ -31,5 +31,5 @@ lr_decay_iters = max_iters
 min_lr = 5e-5
 warmup_iters = 100
 eval_interval = 2250
-eval_iters = 5 # a look; eval.py counts what is right
+eval_iters = 5 * _processes # a look; eval.py counts what is right
 log_interval = 10

@@ -18,6 +18,7 @@ dataset = 'shakespeare_char'
 _processes = int(os.environ.get('WORLD_SIZE', 1)) # under torchrun they share the batch of 64 sequences
 gradient_accumulation_steps = _processes
 batch_size = 64 // _processes
+eval_iters = 200 * _processes # 12,800 sequences at most, of all processes together
 block_size = 256 # 64 * 256 = 16,384 characters per iteration, so 5000 iterations are 82 epochs of tiny Shakespeare
 
 # 10.65M parameters

@@ -17,6 +17,7 @@ dataset = 'text'
 _processes = int(os.environ.get('WORLD_SIZE', 1)) # under torchrun they share the batch of 64 sequences
 gradient_accumulation_steps = _processes
 batch_size = 64 // _processes
+eval_iters = 200 * _processes # 12,800 sequences at most, of all processes together
 block_size = 256 # 16,384 tokens per iteration, so 2000 iterations are 33 million tokens
 
 # 10.6M parameters and those of the vocabulary

@@ -196,3 +196,13 @@ def test_every_script_tells_a_missing_package_in_one_line(script, package):
     line = f'import runpy, sys; sys.modules["{package}"] = None; sys.argv = ["{script}"]; runpy.run_path("{script}", run_name="__main__")'
     done = subprocess.run([sys.executable, '-c', line], cwd=ROOT, text=True, capture_output=True)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and f'needs the package {package}' in done.stderr
+
+
+@pytest.mark.parametrize('recipe', ['train_shakespeare_char', 'train_text', 'train_calculator', 'train_reverser', 'train_wordcalc'])
+def test_a_recipe_trains_and_validates_on_as_much_on_any_number_of_processes(recipe, monkeypatch):
+    def sequences(processes):
+        monkeypatch.setenv('WORLD_SIZE', str(processes))
+        knobs = {}
+        exec((ROOT / 'config' / f'{recipe}.py').read_text(encoding='utf-8'), knobs)
+        return knobs['batch_size'] * knobs['gradient_accumulation_steps'], knobs['batch_size'] * knobs['eval_iters']
+    assert sequences(1) == sequences(2) == sequences(8)

@@ -192,6 +192,13 @@ def test_a_restart_does_not_take_an_older_run_for_its_own(project, trained):
     assert 'resuming' not in out
     out = project.run('train.py', *TINY, '--out_dir=out-trained', env={'TORCHELASTIC_RESTART_COUNT': '1'}).stdout
     assert 'resuming out-trained/ckpt.pt at iteration 10' in out
+    out = project.run('train.py', *TINY, '--out_dir=out-trained', '--batch_size=2', '--eval_iters=4', env={'TORCHELASTIC_RESTART_COUNT': '1'}).stdout
+    assert 'resuming out-trained/ckpt.pt at iteration 10' in out # of more processes, among which recipes share the batch
+
+
+def test_a_rank_without_torchrun_is_one_line(project):
+    done = project.run('train.py', *TINY, '--out_dir=out-alone', env={'RANK': '0', 'WORLD_SIZE': '1'}, check=False)
+    assert done.returncode == 2 and done.stderr == '[rank 0] error: the environment has RANK but not MASTER_ADDR, MASTER_PORT; launch with torchrun, or unset RANK\n'
 
 
 # -----------------------------------------------------------------------------

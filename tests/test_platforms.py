@@ -55,6 +55,7 @@ def test_a_run_on_mps_skips_a_bad_step_and_tells_its_memory(project):
     rows = read_log(project.path / 'out-mps' / 'log.csv')
     assert [row['iter'] for row in rows if row.get('bad_steps')] == [3] and rows[-1]['val_loss'] < rows[0]['val_loss']
     assert all(row['memory_gb'] == pytest.approx(1.07, abs=0.01) for row in rows if 'memory_gb' in row)
+    assert 'other dropout masks' in project.error('mps.py', 'train.py', *TINY, '--gradient_checkpointing=True', '--dropout=0.1', launcher=[sys.executable])
 
 
 @pytest.mark.parametrize('optimizer', ['adamw', 'muon'])

@@ -26,7 +26,7 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def nanogpt_checkpoint(folder, **config):
+def nanogpt_checkpoint(folder, prefix='_orig_mod.', **config):
     """A ckpt.pt as nanoGPT writes it: one file, compiled names, a tensor for the best loss, no meta."""
     folder.mkdir()
     torch.manual_seed(5)
@@ -37,7 +37,7 @@ def nanogpt_checkpoint(folder, **config):
     idx = torch.randint(18, (4, 16))
     model(idx, idx)[1].backward()
     optimizer.step()
-    torch.save({'model': {f'_orig_mod.{name}': p for name, p in model.state_dict().items()}, 'optimizer': optimizer.state_dict(),
+    torch.save({'model': {f'{prefix}{name}': p for name, p in model.state_dict().items()}, 'optimizer': optimizer.state_dict(),
                 'model_args': args, 'iter_num': 3, 'best_val_loss': torch.tensor(9.0), 'config': {'dataset': 'tiny', **config}}, folder / 'ckpt.pt')
     return model
 
@@ -98,6 +98,12 @@ def test_fine_tuning_takes_the_weights_and_nothing_else(project, trained):
     out = project.run('train.py', *TINY, '--out_dir=out-tuned', f'--init_from={trained[0]}', '--max_iters=1', '--eval_interval=1').stdout
     steps = [line for line in out.splitlines() if line.startswith('step')]
     assert steps[0].startswith('step 0:') and steps[0].split(': ')[1] == trained[1].splitlines()[-3].split(': ')[1]
+
+
+@pytest.mark.parametrize('prefix', ['', 'module._orig_mod.', '_orig_mod.module.'])
+def test_names_of_compiled_and_distributed_models_are_ours(tmp_path, prefix):
+    model = nanogpt_checkpoint(tmp_path / 'wrapped', prefix)
+    assert same(weights(tmp_path / 'wrapped'), model.state_dict())
 
 
 def test_a_nanogpt_checkpoint_resumes(project):
@@ -352,7 +358,7 @@ def test_a_save_that_fails_leaves_the_old_pair(tmp_path, monkeypatch):
     monkeypatch.setattr(ckpt, 'write', disk_full)
     with pytest.raises(OSError):
         ckpt.save(path, {'iter_num': 2, 'model': {}}, state)
-    assert ckpt.read(path)['optimizer_file'] == 'optimizer-1.pt' and (tmp_path / 'optimizer-1.pt').exists()
+    assert ckpt.read(path)['optimizer_file'] == 'optimizer-1.pt' and sorted(os.listdir(tmp_path)) == ['ckpt.pt', 'optimizer-1.pt']
     monkeypatch.setattr(ckpt, 'write', real)
     ckpt.save(path, {'iter_num': 3, 'model': {}}, state)
     assert sorted(os.listdir(tmp_path)) == ['ckpt.pt', 'optimizer-3.pt']
