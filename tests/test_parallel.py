@@ -192,8 +192,9 @@ def test_a_restart_does_not_take_an_older_run_for_its_own(project, trained):
     assert 'resuming' not in out
     out = project.run('train.py', *TINY, '--out_dir=out-trained', env={'TORCHELASTIC_RESTART_COUNT': '1'}).stdout
     assert 'resuming out-trained/ckpt.pt at iteration 10' in out
-    out = project.run('train.py', *TINY, '--out_dir=out-trained', '--batch_size=2', '--eval_iters=4', env={'TORCHELASTIC_RESTART_COUNT': '1'}).stdout
-    assert 'resuming out-trained/ckpt.pt at iteration 10' in out # of more processes, among which recipes share the batch
+    project.run('train.py', *TINY, '--out_dir=out-shared')
+    out = project.run('train.py', *TINY, '--out_dir=out-shared', '--batch_size=2', '--eval_iters=4', env={'TORCHELASTIC_RESTART_COUNT': '1'}).stdout
+    assert 'resuming out-shared/ckpt.pt at iteration 10' in out # of more processes, among which recipes share the batch
 
 
 def test_a_rank_without_torchrun_is_one_line(project):
