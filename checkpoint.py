@@ -5,6 +5,7 @@ folder. Whenever the machine stops, a pair that belongs together is on disk. bes
 keeps one, is a ckpt.pt without an optimizer.
 """
 
+import contextlib
 import errno
 import glob
 import itertools
@@ -38,10 +39,14 @@ def save(path, checkpoint, optimizer_state=None, keep=1):
     free = lambda stem: not any(os.path.exists(os.path.join(folder, f'{kind}-{stem}.pt')) for kind in ('optimizer', 'ckpt'))
     stem = next(filter(free, itertools.chain([f'{checkpoint["iter_num"]}'], (f'{checkpoint["iter_num"]}-{n}' for n in itertools.count(1)))))
     write(os.path.join(folder, f'optimizer-{stem}.pt'), optimizer_state)
+    there = lambda: os.stat(path).st_ino if os.path.exists(path) else None
+    before = there()
     try:
         write(path, {**checkpoint, 'optimizer_file': f'optimizer-{stem}.pt'})
-    except OSError: # of no use alone, and the disk may be full of such
-        os.remove(os.path.join(folder, f'optimizer-{stem}.pt'))
+    except OSError:
+        if there() == before: # ckpt.pt was not moved into place, so its other half only fills the disk
+            with contextlib.suppress(OSError):
+                os.remove(os.path.join(folder, f'optimizer-{stem}.pt'))
         raise
     try: # the new pair is whole; what follows may fail without harm, and is done again at the next save
         if not checkpoint.get('best_file') and os.path.exists(os.path.join(folder, 'best.pt')):

@@ -33,7 +33,7 @@ class GPTConfig:
     embed_norm: bool = False # a norm right after the embedding
     logit_cap: float = 0.0 # bound logits by logit_cap * tanh(logits / logit_cap), 0.0: no bound
     n_kv_head: int | None = None # heads of keys and values, shared by groups of queries (Ainslie et al. 2023); None: n_head
-    init: str = 'gpt2' # or 'zero_proj': what adds to the residual stream, and an untied head, start at zero, the blocks' other matrices at 1 / sqrt(inputs)
+    init: str = 'gpt2' # or 'zero_proj': what adds to the residual stream, and an untied head, start at zero, other matrices at 1 / sqrt(inputs)
     attn_dropout: float | None = None # dropout on attention weights, None: as dropout
     lora_rank: int = 0 # learn nothing but corrections of this rank to the blocks' matrices (Hu et al. 2021); 0: everything is learned
 

@@ -359,6 +359,15 @@ def test_a_save_that_fails_leaves_the_old_pair(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         ckpt.save(path, {'iter_num': 2, 'model': {}}, state)
     assert ckpt.read(path)['optimizer_file'] == 'optimizer-1.pt' and sorted(os.listdir(tmp_path)) == ['ckpt.pt', 'optimizer-1.pt']
+
+    def late(path, content): # the file is in place, its folder could not be brought to disk
+        real(path, content)
+        if path.endswith('ckpt.pt'):
+            raise OSError('input/output error')
+    monkeypatch.setattr(ckpt, 'write', late)
+    with pytest.raises(OSError):
+        ckpt.save(path, {'iter_num': 2, 'model': {}}, state)
+    assert ckpt.read(path)['optimizer_file'] == 'optimizer-2.pt' and (tmp_path / 'optimizer-2.pt').exists()
     monkeypatch.setattr(ckpt, 'write', real)
     ckpt.save(path, {'iter_num': 3, 'model': {}}, state)
     assert sorted(os.listdir(tmp_path)) == ['ckpt.pt', 'optimizer-3.pt']
