@@ -17,7 +17,7 @@ from dataclasses import replace
 
 import torch
 
-from data.tokenizer import check_meta, dataset_meta, same_tokenizer, write_whole
+from data.tokenizer import check_meta, dataset_meta, model_vocab_size, same_tokenizer, write_whole
 from model import GPT, GPTConfig
 from parallel import agree, any_rank, shard_like
 from runlog import say
@@ -208,6 +208,30 @@ def build_model(checkpoint, dropout=0.0, attn_dropout=None):
     return model
 
 
+def new_model(config, given, meta):
+    """A GPT with random weights, of the sizes that the knobs ask for and the vocabulary of the tokenizer's `meta`."""
+    if config['lora_rank'] > 0:
+        raise ValueError(f'lora_rank={config["lora_rank"]} fine-tunes weights that are there: --init_from=gpt2, or a run\'s folder')
+    n_head, n_embd = resolve_sizes(asked_sizes(config, given), default=(config['n_head'], config['n_embd']))
+    vocab_size = config['vocab_size'] if 'vocab_size' in given else model_vocab_size(meta)
+    sizes = {**config, 'n_head': n_head, 'n_embd': n_embd, 'vocab_size': vocab_size}
+    return GPT(GPTConfig(**{name: sizes[name] for name in GPTConfig.__dataclass_fields__}))
+
+
+def trained_model(init_from, own, config, given, data_dir):
+    """
+    (model, checkpoint) to train on: of this run's `own` checkpoint if init_from is 'resume', else of other weights. ValueError
+    where they have another tokenizer than the dataset in data_dir, or other sizes than files or flags ask for.
+    """
+    source = own if init_from == 'resume' else init_from
+    keep_lora = init_from == 'resume' and 'lora_rank' not in given
+    model, checkpoint = open_model(source, None if keep_lora else config['lora_rank'], dropout=config['dropout'],
+                                   attn_dropout=config['attn_dropout'])
+    check_tokenizer(checkpoint, source, data_dir)
+    fit_sizes(model, asked_sizes(config, given), source, given)
+    return model, checkpoint
+
+
 def asked_sizes(config, given):
     """
     The knobs of the network that files and flags set; given: {name: '--name=value' or 'file:line'}, in the order in which they
@@ -332,7 +356,7 @@ def made_by(config, path):
     return all(theirs.get(name) == value for name, value in config.items() if name not in other)
 
 
-OF_TODAY = ('fused', 'foreach', 'weight_decay', 'betas', 'lr_scale') # settings of which the knobs count, not the checkpoint
+OF_TODAY = ('lr', 'momentum', 'fused', 'foreach', 'capturable', 'weight_decay', 'betas', 'lr_scale') # settings of which the knobs count, not the checkpoint
 
 
 def load_optimizer(optimizer, scaler, checkpoint):

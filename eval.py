@@ -115,6 +115,10 @@ say(f'{source}: {num_params / 1e6:.2f}M parameters on {device}, {quantize or dty
 
 # -----------------------------------------------------------------------------
 # loss
+def evaluate(X, Y):
+    with ctx:
+        return model(X, Y)[1]
+
 bytes_of = torch.tensor(byte_counts(meta), device=device)
 for split in ('train', 'val'):
     data = Loader(os.path.join(data_dir, f'{split}.bin'), block_size, batch_size, model.config.vocab_size, lines=lines)
@@ -126,7 +130,7 @@ for split in ('train', 'val'):
             num_bytes.add_((bytes_of[Y.clamp_min(0)] * (Y >= 0)).sum())
             yield X, Y
 
-    loss, count = parallel.mean_losses(model, ctx, device, batches())[0].tolist()
+    loss, count = parallel.mean_losses(evaluate, device, batches())[0].tolist()
     if not count:
         raise ValueError(f'{data.path}: none of the targets in {eval_iters} batches count; raise --eval_iters')
     bits = loss / math.log(2) * count / parallel.total(num_bytes).item()

@@ -212,7 +212,7 @@ class GPT(nn.Module):
         x = dropout(x, cfg.dropout, self.training)
         for i, block in enumerate(self.transformer.h):
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, table, attn_bias, use_reentrant=False)
+                x = checkpoint(block, x, table, attn_bias, use_reentrant=False, preserve_rng_state=self.redraws())
             else:
                 x = block(x, table, attn_bias, partial(cache.extend, i) if cache is not None else None)
         x = self.transformer.ln_f(x)
@@ -227,6 +227,10 @@ class GPT(nn.Module):
         if self.training and torch.compiler.is_compiling():
             logits = None # compiled code would write them, and read a gradient of zeros as large
         return logits, loss
+
+    def redraws(self):
+        """Does backward draw dropout masks again?"""
+        return self.gradient_checkpointing and bool(self.config.dropout or self.config.attn_dropout)
 
     def head(self, x):
         cap, logits = self.config.logit_cap, self.lm_head(x)
@@ -263,4 +267,4 @@ class GPT(nn.Module):
         """Continue each row of idx (B, T) by max_new_tokens tokens: (B, T + max_new_tokens). Options: those of stream() in generate.py."""
         from generate import stream
         new = stream(self, idx.tolist(), max_new_tokens, **options)
-        return torch.cat([idx, *(token[:, None] for token in new)], dim=1)
+        return torch.cat([idx, *(token[:, None].to(idx.device) for token in new)], dim=1)

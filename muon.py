@@ -55,54 +55,124 @@ class Muon(torch.optim.AdamW):
 
     An optimizer.found_inf of 1 (a float tensor) skips a step without waiting for the device, as in AdamW's
     fused kernel. State per matrix: momentum_buffer. Works with DDP, and with FSDP2's sharded parameters.
+    lr and momentum may be tensors on the device, so that a CUDA graph of the step reads today's.
     """
 
-    def __setstate__(self, state):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.momenta = {} # see momentum_of()
+
+    def __setstate__(self, state): # load_state_dict calls it too
         torch.optim.Optimizer.__setstate__(self, state) # AdamW's own looks for a step count in all state
+        self.momenta = {}
 
     @torch.no_grad()
     def step(self):
-        bad = getattr(self, 'found_inf', None)
-        for group in self.param_groups:
-            if group.get('muon'):
-                group['steps'] += 1
-                momentum = min(1.0, group['steps'] / 300) * (group['momentum'] - 0.85) + 0.85 # warmed up, as in modded-nanogpt
-                by_shape = {}
-                for p in group['params']:
-                    if p.grad is not None:
-                        by_shape.setdefault(p.shape, []).append(p)
-                for params in by_shape.values():
-                    n = dist.get_world_size() if hasattr(params[0], 'full_tensor') else len(params) # FSDP2's: few are whole at a time
-                    for i in range(0, len(params), n):
-                        self.muon_step(params[i:i + n], group['lr'], momentum, group['weight_decay'], bad)
-        super().step() # AdamW passes over what has no gradient any more
+        groups = self.param_groups
+        for group in groups:
+            by_shape = {}
+            for p in group['params'] if group.get('muon') else ():
+                if p.grad is not None:
+                    by_shape.setdefault(p.shape, []).append(p)
+            for params in by_shape.values():
+                # FSDP2's matrices are gathered for the step, so only a few at a time
+                n = dist.get_world_size() if sharded(params[0]) else len(params)
+                for i in range(0, len(params), n):
+                    self.muon_step(params[i:i + n], group['lr'], group['momentum'], group['weight_decay'])
+        self.param_groups = [group for group in groups if not group.get('muon')]
+        super().step()
+        self.param_groups = groups
 
-    def muon_step(self, params, lr, momentum, weight_decay, bad):
-        """One step for matrices of the same shape (rows, cols), all at once."""
-        sharded = hasattr(params[0], 'full_tensor') # by FSDP2
-        whole = lambda x: x.full_tensor() if sharded else x
-        share = lambda x, p: dist.tensor.distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None) if sharded else x
-        grad = torch.stack([whole(p.grad) for p in params]).float() # (N, rows, cols)
+    def muon_step(self, params, lr, momentum, weight_decay):
+        """One step for matrices of the same shape (rows, cols), all at once. With FSDP2 a rank has `share` of their rows."""
+        rows, cols = params[0].shape
+        buffer = self.momentum_of(params)
+        grad = torch.stack([local(p.grad) for p in params]).float() # (N, share, cols)
+        weight, bad = 1 - momentum, getattr(self, 'found_inf', None)
+        if bad is not None: # a gradient that is not finite counts nothing in the momentum, and the step is of length 0
+            grad.nan_to_num_()
+            weight, lr = weight * (1 - bad), lr * (1 - bad)
+        buffer.lerp_(grad, weight)
+        if sharded(params[0]):
+            torch._foreach_copy_([local(self.state[p]['momentum_buffer']) for p in params], list(buffer))
+        grad.lerp_(buffer, momentum) # Nesterov
+        grad = gather(grad, params) # (N, rows, cols)
+        if rows == 3 * cols: # c_attn (without n_kv_head): queries, keys and values each by themselves
+            grad = grad.view(-1, cols, cols)
+        update = orthogonalize_together(grad) * max(1, grad.size(1) / cols) ** 0.5
+        update = update.reshape(-1, rows, cols).to(buffer.dtype, memory_format=torch.contiguous_format)
+        update = scatter(update, params) * lr # (N, share, cols)
+        weights = [local(p) for p in params]
+        if weight_decay:
+            torch._foreach_mul_(weights, 1 - lr * weight_decay)
+        torch._foreach_sub_(weights, list(update))
+
+    def momentum_of(self, params):
+        """
+        The momentum of matrices of the same shape (N, share, cols). The state of each is a view of it, and so never copied;
+        but not with FSDP2, whose tensors have a memory each.
+        """
         for p in params:
             if 'momentum_buffer' not in self.state[p]:
                 self.state[p]['momentum_buffer'] = torch.zeros_like(p.grad, dtype=torch.float32)
-        buffers = [self.state[p]['momentum_buffer'] for p in params]
-        buffer = torch.stack([whole(kept) for kept in buffers])
-        if bad is not None:
-            grad = torch.where(bad > 0, buffer, grad)
-            lr = lr * (1 - bad)
-        buffer.lerp_(grad, 1 - momentum)
-        for kept, new, p in zip(buffers, buffer, params):
-            kept.copy_(share(new, p))
-        rows, cols = params[0].shape
-        grad = grad.lerp_(buffer, momentum) # Nesterov
-        if rows == 3 * cols: # c_attn (without n_kv_head): queries, keys and values each by themselves
-            grad = grad.view(-1, cols, cols)
-        update = (orthogonalize_together(grad) * max(1, grad.size(1) / cols) ** 0.5).reshape(-1, rows, cols)
-        keep = 1 - lr * weight_decay
-        for p, u in zip(params, update):
-            p.mul_(keep).sub_(share(u, p).to(p.dtype) * lr)
-            p.grad = None
+        buffers = [local(self.state[p]['momentum_buffer']) for p in params]
+        if sharded(params[0]):
+            return torch.stack(buffers)
+        if params[0] not in self.momenta:
+            self.momenta[params[0]] = torch.stack(buffers)
+            for p, view in zip(params, self.momenta[params[0]]):
+                self.state[p]['momentum_buffer'] = view
+        return self.momenta[params[0]]
+
+
+def sharded(p):
+    """Is this parameter sharded by FSDP2?"""
+    return hasattr(p, 'full_tensor')
+
+
+def local(x):
+    """This rank's shard of x, or x itself where nothing is sharded."""
+    return x.to_local() if sharded(x) else x
+
+
+def as_shard(shard, p):
+    """This rank's shard of a tensor that is sharded as the parameter p is, or the tensor itself where nothing is sharded."""
+    if not sharded(p):
+        return shard
+    return dist.tensor.DTensor.from_local(shard, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+
+
+def gather(shards, params):
+    """The whole tensors (N, rows, cols) of shards (N, share, cols)."""
+    if not sharded(params[0]):
+        return shards
+    return torch.stack([as_shard(shard, p).full_tensor() for shard, p in zip(shards, params)])
+
+
+def scatter(whole, params):
+    """This rank's shards (N, share, cols) of whole tensors (N, rows, cols)."""
+    if not sharded(params[0]):
+        return whole
+    cut = dist.tensor.distribute_tensor
+    return torch.stack([local(cut(x, p.device_mesh, p.placements, src_data_rank=None)) for x, p in zip(whole, params)])
+
+
+def set_rates(optimizer, lr, iteration):
+    """
+    Set the learning rate of every group, and Muon's momentum, which rises over the first 300 iterations as in
+    modded-nanogpt. In capturable groups they are tensors, written in place, which a CUDA graph of the step reads.
+    """
+    for group in optimizer.param_groups:
+        rates = {'lr': lr * group.get('lr_scale', 1.0)}
+        if group.get('muon'):
+            rates['momentum'] = min(1.0, (iteration + 1) / 300) * (0.95 - 0.85) + 0.85
+        for name, rate in rates.items():
+            if not group['capturable']:
+                group[name] = rate
+            elif torch.is_tensor(group[name]):
+                group[name].fill_(rate)
+            else:
+                group[name] = torch.tensor(rate, device=group['params'][0].device)
 
 
 def configure(model, rates, weight_decay, learning_rate, betas, device_type, given={}):
@@ -130,7 +200,7 @@ def configure(model, rates, weight_decay, learning_rate, betas, device_type, giv
     vectors = [p for name, p in params.items() if p.dim() < 2]
     if not vectors and not rates.get('min_lr') and given.get('learning_rate', '').startswith('--'):
         raise ValueError('learning_rate is that of biases and norms beside muon, and none are trained here; set --matrix_lr, --embed_lr or --head_lr')
-    groups = [dict(params=matrices, muon=True, momentum=0.95, steps=0, weight_decay=weight_decay, lr_scale=scale(matrix_lr)),
+    groups = [dict(params=matrices, muon=True, momentum=0.95, weight_decay=weight_decay, lr_scale=scale(matrix_lr)),
               dict(params=embeddings, weight_decay=0.0, lr_scale=scale(embed_lr)),
               dict(params=positions, weight_decay=0.0, lr_scale=scale(head_lr if model.config.tie_embeddings else embed_lr)),
               dict(params=head, weight_decay=0.0, lr_scale=scale(head_lr)),

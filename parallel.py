@@ -5,9 +5,12 @@ and the functions that ask the others answer for it alone.
 """
 
 import contextlib
+import faulthandler
 import os
 import signal
+import socket
 import sys
+import threading
 import time
 from datetime import timedelta
 
@@ -110,40 +113,73 @@ def total(tensor):
 
 
 @torch.no_grad()
-def mean_losses(model, ctx, device, *splits):
+def mean_losses(evaluate, device, *splits, stop=False):
     """
     For each of `splits`, which yield this rank's batches (X, Y): the mean loss in nats per target that counts, and
-    the number of these, over all ranks, as a float tensor (splits, 2).
+    the number of these, over all ranks, as a float tensor (splits, 2). None if `stop` becomes true meanwhile on any rank.
+
+    evaluate: called with (X, Y), returns the mean loss of that batch
     """
     sums = torch.zeros(len(splits), 2, device=device, dtype=torch.float32 if 'mps' in device else torch.float64)
     for i, batches in enumerate(splits):
         quiet = os.environ.get('RANK', '0') != '0' or None # None: a bar on a terminal, once it has taken a second
-        for X, Y in tqdm(batches, desc='evaluating', unit='batch', delay=1, leave=False, disable=quiet):
-            with ctx:
-                loss = model(X, Y)[1]
+        for number, (X, Y) in enumerate(tqdm(batches, desc='evaluating', unit='batch', delay=1, leave=False, disable=quiet)):
+            loss = evaluate(X, Y)
             count = (Y >= 0).sum()
             sums[i] += torch.stack([torch.where(count > 0, loss * count, 0.0), count])
+            if number % 8 == 0:
+                if 'cuda' in device:
+                    torch.cuda.synchronize() # else all batches are under way before the first is done
+                if any_rank(stop):
+                    return None
     sums = total(sums)
     return torch.stack([sums[:, 0] / sums[:, 1], sums[:, 1]], 1)
 
 
 class StopSignals:
-    """True once somebody has asked this process to end: Ctrl-C, a scheduler's SIGTERM, SLURM's warning SIGUSR1, a lost terminal."""
+    """
+    True once this process was asked to end: Ctrl-C, a scheduler's SIGTERM, SLURM's warning SIGUSR1, a lost terminal.
+
+    A first signal leaves it to the run to end after its iteration, with a save. While nothing_to_lose, and at a second signal,
+    the process ends at once, with 128 + the signal's number as its exit code. SIGUSR2 prints the stack of every thread.
+    """
 
     def __init__(self):
-        self.number = None
+        self.number, self.since, self.nothing_to_lose, self.handled = None, 0.0, True, set()
+        # Python runs a handler only once the main thread is back from C code, which may be a hanging compiler or NCCL.
+        # So the handlers do nothing, and a thread reads the numbers that Python writes into a socket right away.
+        self.socket, wakeup = socket.socketpair()
+        wakeup.setblocking(False)
+        self.wakeup = wakeup # kept open
         for name in ('SIGINT', 'SIGTERM', 'SIGUSR1', 'SIGHUP'):
-            # Windows has not all of them, and who ignores one (nohup) is to go on ignoring it
+            # Windows does not have all of them; ignored signals stay ignored (nohup)
             if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
-                signal.signal(getattr(signal, name), self.receive)
+                signal.signal(getattr(signal, name), lambda number, frame: None)
+                self.handled.add(getattr(signal, name))
+        signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self.watch, daemon=True).start()
+        if sys.stderr:
+            faulthandler.enable()
+            if hasattr(signal, 'SIGUSR2'):
+                faulthandler.register(signal.SIGUSR2)
 
-    def receive(self, number, frame):
-        leaving = self.number == number == signal.SIGINT # a second Ctrl-C: at once
-        if number == signal.SIGINT and os.environ.get('RANK', '0') == '0' and sys.stderr.isatty():
-            os.write(2, b'\ninterrupted\n' if leaving else b'\nstopping after this iteration; Ctrl-C again leaves at once\n')
-        if leaving:
-            os._exit(130)
-        self.number = number
+    def watch(self):
+        while True:
+            number = self.socket.recv(1)[0]
+            if number in self.handled: # other handlers of Python's may be there too
+                self.receive(number, time.monotonic())
+
+    def receive(self, number, now):
+        """Handle signal `number` at `now` (seconds)."""
+        second = self.number is not None
+        if second and now - self.since < 1: # one request often comes twice: timeout(1) and a closed terminal send two
+            return
+        at_once = second or self.nothing_to_lose
+        if number == signal.SIGINT and os.environ.get('RANK', '0') == '0' and sys.stderr and sys.stderr.isatty():
+            os.write(2, b'\ninterrupted\n' if at_once else b'\nstopping after this iteration; Ctrl-C again ends at once\n')
+        if at_once:
+            os._exit(128 + number)
+        self.number, self.since = number, now
 
     def __bool__(self):
         return self.number is not None

@@ -11,6 +11,7 @@ import math
 import os
 import shlex
 import sys
+import threading
 import time
 
 from configurator import fail, one_line_errors
@@ -76,10 +77,18 @@ class RunLog:
         self.bar = tqdm(total=config.get('max_iters'), initial=iter_num, dynamic_ncols=True, disable=plain,
                         smoothing=0, # time left: at the speed so far, evaluations included
                         bar_format='{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]')
+        if not plain:
+            threading.Thread(target=self.tick, daemon=True).start()
         self.started = self.last_time = time.perf_counter() # of no calendar: never set back, fine on Windows too
         self.last_iter = self.last_row = iter_num
         self.last_tokens = tokens
         self.seconds_before = rows[-1]['seconds'] if rows else 0.0
+
+    def tick(self):
+        """Redraw the bar each second, so that the time goes on while a compiler or a long step runs."""
+        while not self.bar.disable:
+            time.sleep(1)
+            self.bar.refresh()
 
     def seconds(self):
         """Seconds of training so far, those before a resume included."""

@@ -36,7 +36,7 @@ stride = 1 # past block_size, learned positions recompute their window every so 
 device = 'auto' # 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto' # as in train.py; or 'float32', 'bfloat16', 'float16'
 quantize = '' # 'int8': weights of 8 bits, for one text at a time on a CPU
-compile: bool | str = False # torch.compile, on a GPU as a CUDA graph: a minute to start, then faster steps
+compile: bool | str = False # torch.compile: half a minute's wait, then faster steps
 config, given = configure(globals(), also=('train.py', 'model.py:GPTConfig'), # a training recipe tells out_dir and device
                       own=('init_from', 'batch_size', 'compile', 'seed')) # its values of these are for training
 
@@ -52,7 +52,7 @@ import torch
 import checkpoint as ckpt
 from data.tokenizer import continuation, from_meta, write_whole
 from device import DTYPES, resolve, tune
-from generate import KVCache, StaticCache, stream
+from generate import new_cache, stream
 from ops import pack
 
 at_least(config, 1, 'num_samples', 'max_new_tokens', 'batch_size', 'stride')
@@ -83,7 +83,7 @@ tune(device, lengths_vary=True)
 source = ckpt.best(out_dir) if init_from == 'resume' else init_from
 model, loaded = ckpt.open_model(source)
 model.eval().to(device, DTYPES[dtype]) # weights too, so that none is converted again for each token
-compiled = torch.compile(model, dynamic=False, mode='reduce-overhead' if 'cuda' in device else None) if compile else None
+compiled = torch.compile(model, dynamic=False) if compile else None
 tokenizer = from_meta(ckpt.tokenizer_meta(loaded, source, model.config.vocab_size))
 
 # -----------------------------------------------------------------------------
@@ -170,8 +170,7 @@ if interactive: # a text that goes on and on; what was said is not computed agai
     if sys.stdin.isatty():
         print('what you write is continued; Ctrl-D ends', file=sys.stderr)
     context, size = [], model.config.block_size
-    Cache = StaticCache if compile else KVCache
-    cache = Cache(model.config, size, torch.zeros(1, dtype=torch.int64, device=device))
+    cache = new_cache(model, static=compile or 'cuda' in device)
     while True:
         try:
             line = input('> ')
@@ -189,7 +188,8 @@ if interactive: # a text that goes on and on; what was said is not computed agai
             continue
         context += line
         if len(context) > size and model.config.pos == 'learned': # they have an end: what is far back is forgotten
-            context, cache = context[-size // 2:], Cache(model.config, size, cache.pad)
+            context = context[-size // 2:]
+            cache.restart(torch.zeros_like(cache.pad))
         if context:
             context += sample([context], cache=cache, show=terminal)[0]
 else:

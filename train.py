@@ -74,7 +74,8 @@ gradient_checkpointing = False # True: recompute activations in backward, a thir
 loss_chunk = 0 # positions whose logits are computed at a time, 0: all; less memory with large vocabularies, for one more product with the head
 device = 'auto' # 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto' # 'float32', 'bfloat16', 'float16', or 'fast': as 'auto', but bfloat16 on CPUs that multiply it faster
-compile: bool | str = 'auto' # torch.compile: a slow start, then faster steps; 'auto': on GPUs that Triton supports
+compile: bool | str = 'auto' # torch.compile: half a minute's wait, then faster steps; 'auto': on GPUs, for runs that earn the wait back
+cuda_graph: bool | str = 'auto' # record the step as CUDA graphs and replay it; 'auto': on one GPU
 config, given = configure(globals(), model='model.py:GPTConfig', of_files=(of_files := {})) # now the knobs are what files and flags made them
 
 # -----------------------------------------------------------------------------
@@ -93,9 +94,8 @@ import muon
 import parallel
 from data.lines import read_lines
 from data.loader import Loader, deal, micro_batches, must_exist
-from data.tokenizer import dataset_meta, model_vocab_size
-from device import autocast, memory_gb, peak_flops, resolve, tune
-from model import GPT, GPTConfig
+from data.tokenizer import dataset_meta
+from device import Recorder, autocast, can_record, memory_gb, pays_to_compile, peak_flops, resolve, tune
 from ops import seed_dropout
 from runlog import RunLog, health, say
 
@@ -117,14 +117,18 @@ one_of(config, optimizer=('adamw', 'muon'), lr_schedule=('cosine', 'trapezoid'))
 
 # -----------------------------------------------------------------------------
 # devices and processes
-device, dtype, compile = resolve(device, dtype, compile)
-if gradient_checkpointing and 'mps' in device and (dropout or attn_dropout):
+stop = parallel.StopSignals() # true once SIGINT, SIGTERM, SIGHUP or SIGUSR1 has come
+compile_auto = compile == 'auto'
+device, dtype, could_compile = resolve(device, dtype, compile)
+redraws = gradient_checkpointing and bool(dropout or attn_dropout) # backward draws dropout masks again
+if redraws and 'mps' in device:
     raise ValueError('gradient_checkpointing would draw other dropout masks in backward on MPS; add --dropout=0.0 --attn_dropout=0.0')
 tune(device)
 ctx = autocast(device, dtype)
 rank, world_size = parallel.start(backend, device, dist_timeout, gradient_accumulation_steps) # 0, 1 without torchrun
 ddp = dist.is_initialized() # launched by torchrun?
 master_process = rank == 0 # the one that prints and writes
+cuda_graph = can_record(cuda_graph, device, dtype, ddp, redraws)
 
 # -----------------------------------------------------------------------------
 # model
@@ -134,27 +138,21 @@ meta = dataset_meta(data_dir) # of its tokenizer, travels in the checkpoint
 own = os.path.join(out_dir, 'ckpt.pt') # this run's
 init_from = ckpt.where_from(init_from, own, config, of_files) # 'auto', and a restart by torchrun after a fault, may mean 'resume'
 torch.manual_seed(seed)
-asked = ckpt.asked_sizes(config, given)
-
 if init_from == 'scratch':
-    if lora_rank > 0:
-        raise ValueError(f'lora_rank={lora_rank} fine-tunes weights that are there: --init_from=gpt2, or a run\'s folder')
-    n_head, n_embd = ckpt.resolve_sizes(asked, default=(n_head, n_embd))
-    vocab_size = vocab_size if 'vocab_size' in given else model_vocab_size(meta)
-    sizes = {**config, 'n_head': n_head, 'n_embd': n_embd, 'vocab_size': vocab_size}
-    model, loaded = GPT(GPTConfig(**{name: sizes[name] for name in GPTConfig.__dataclass_fields__})), {}
-else: # this run's own checkpoint to go on with, or other weights to fine-tune
-    source = own if init_from == 'resume' else init_from
-    rank_of_lora = lora_rank if init_from != 'resume' or 'lora_rank' in given else None # None: as it is
-    model, loaded = ckpt.open_model(source, rank_of_lora, dropout=dropout, attn_dropout=attn_dropout)
-    ckpt.check_tokenizer(loaded, source, data_dir)
-    ckpt.fit_sizes(model, asked, source, given)
+    model, loaded = ckpt.new_model(config, given, meta), {}
+else: # this run's own checkpoint, or other weights to fine-tune
+    model, loaded = ckpt.trained_model(init_from, own, config, given, data_dir)
 model.gradient_checkpointing, model.loss_chunk = gradient_checkpointing, loss_chunk
+block_size = model.config.block_size
+tokens_per_micro_batch = batch_size * block_size
+start_iter = loaded['iter_num'] if init_from == 'resume' else 0
+tokens_left = 0 if eval_only else (max_iters - start_iter) * gradient_accumulation_steps * tokens_per_micro_batch
+short = compile_auto and not pays_to_compile(tokens_left * model.flops_per_token() / world_size)
+compile = could_compile and not short
 if fsdp:
     parallel.shard(model, device, dtype, compile)
 model.to(device)
 knobs = {**config, **vars(model.config), 'd_head': None, 'd_model': None} # as they turned out, each size once
-block_size = model.config.block_size
 
 # -----------------------------------------------------------------------------
 # data: every split is read through the same fixed or counted windows, whatever the number of processes
@@ -164,7 +162,8 @@ train_data, val_data = load_split('train'), load_split('val')
 say(f'{dataset}: {len(train_data.tokens):,} tokens to train on, {len(val_data.tokens):,} to validate, '
     f'{gradient_accumulation_steps * batch_size * block_size:,} per iteration'
     + (f', {train_data.targets / batch_size / block_size:.1%} of them targets that count' if train_data.masked else ''))
-say(f'model: {model.get_num_params() / 1e6:.2f}M parameters on {device}, {dtype}' + ', compiled' * compile
+say(f'model: {model.get_num_params() / 1e6:.2f}M parameters on {device}, {dtype}' + ', compiled' * compile + ', not compiled since the run is short' * (could_compile and short)
+    + ', recorded as CUDA graphs' * cuda_graph
     + (f', {sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6:.2f}M of them trained' if model.config.lora_rank else '')
     + f', {world_size} processes' * ddp + ', sharded' * fsdp)
 
@@ -173,13 +172,14 @@ say(f'model: {model.get_num_params() / 1e6:.2f}M parameters on {device}, {dtype}
 scaler = torch.amp.GradScaler(enabled=dtype == 'float16') # does nothing unless float16
 settings = weight_decay, learning_rate, (beta1, beta2), device.partition(':')[0]
 optimizer = muon.configure(model, config, *settings, given) if optimizer == 'muon' else model.configure_optimizers(*settings)
+for group in optimizer.param_groups:
+    group['capturable'] = 'cuda' in device # rates and step counts are tensors, as a CUDA graph needs them
 iter_num, best_val_loss, best_iter, best_file, run_id = 0, float('inf'), 0, None, None # best_file: of the best weights; run_id: wandb's
 if init_from == 'resume':
     ckpt.load_optimizer(optimizer, scaler, loaded)
     iter_num, best_val_loss, best_iter, best_file, run_id = ckpt.where_it_stood(out_dir, loaded, only_look=eval_only)
     say(f'resuming {own} at iteration {iter_num}')
 loaded = None # frees its memory
-start_iter = iter_num
 
 # -----------------------------------------------------------------------------
 # compile and wrap; raw_model keeps the plain parameter names for checkpoints
@@ -191,14 +191,53 @@ if ddp and not fsdp:
     model = DDP(model, device_ids=[torch.device(device).index] if 'cuda' in device else None, gradient_as_bucket_view=True)
 
 # -----------------------------------------------------------------------------
+# the parts of an iteration. On one GPU each is recorded as a CUDA graph and replayed (Recorder in device.py), so what they
+# share stands in tensors that are written in place
+recorded = Recorder(cuda_graph, report=say)
+loss_sum, divisor, grad_norm, bad, bad_in_row, bad_steps, clipped = torch.zeros(7, device=device).unbind()
+optimizer.found_inf = bad # 1: AdamW's fused kernel leaves weights and state alone, and nothing waits for the GPU
+
+@recorded
+def evaluate(X, Y):
+    with ctx:
+        return model(X, Y)[1]
+
+@recorded
+def add_gradients(X, Y):
+    """Forward and backward of a micro-batch; DDP and FSDP average gradients over ranks at the last one."""
+    with ctx:
+        loss = model(X, Y)[1] # no name holds the logits on
+        loss = train_data.weigh(loss, Y) / divisor # where not all targets count
+        loss = loss * (1 + 0 * loss.detach()) # an infinite loss can have a finite gradient: make it nan on all ranks
+    scaler.scale(loss).backward()
+    loss_sum.add_(loss.detach())
+
+@recorded
+def clip_gradients():
+    """Clip them; a norm that is not finite, which is the same on all ranks, makes the step a bad one."""
+    scaler.unscale_(optimizer)
+    grad_norm.copy_(parallel.gather(clip_grad_norm_(model.parameters(), grad_clip or math.inf)))
+    bad.copy_(~grad_norm.isfinite())
+    bad_in_row.add_(1).mul_(bad)
+    bad_steps.add_(bad) # since the last log
+    clipped.add_(grad_norm > (grad_clip or math.inf))
+
+@recorded
+def step():
+    if not ('mps' in device and bad): # MPS's kernel ignores found_inf
+        scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=not recorded.on) # a graph adds to gradients that stay in place
+
+# -----------------------------------------------------------------------------
 # helpers
 def estimate_loss():
-    """Mean loss in nats per token over the same windows of each split every time: all ranks, one reduction."""
+    """Mean loss in nats per token over fixed windows of each split: all ranks, one reduction. None if a signal came meanwhile."""
     model.eval()
     batches = [data.eval_batches(eval_iters, rank, world_size, device) for data in (train_data, val_data)]
-    losses = parallel.mean_losses(model, ctx, device, *batches)[:, 0].tolist()
+    losses = parallel.mean_losses(evaluate, device, *batches, stop=stop)
     model.train()
-    return dict(zip(('train', 'val'), losses))
+    return None if losses is None else dict(zip(('train', 'val'), losses[:, 0].tolist()))
 
 def get_lr(it):
     """Linear warmup, then to min_lr at lr_decay_iters: by a cosine (Loshchilov & Hutter 2016), or level and then straight down."""
@@ -226,16 +265,13 @@ def save(name='ckpt.pt'):
 
 # -----------------------------------------------------------------------------
 # loop
-tokens_per_micro_batch = batch_size * block_size
 growth = gradient_accumulation_steps, batch_size_warmup_iters # of the batch
 batches = train_data.train_batches(deal(iter_num, *growth, rank, world_size), device)
 if not eval_only:
-    stop = parallel.StopSignals() # true once SIGINT, SIGTERM, SIGHUP or SIGUSR1 has come
     log = RunLog(out_dir, knobs, iter_num, micro_batches(iter_num, *growth)[0] * tokens_per_micro_batch, run_id, quiet=not master_process)
     if master_process and init_from != 'resume':
         ckpt.set_aside(out_dir)
 peak_speed = world_size * (peak_flops(device, dtype) or 0) / raw_model.flops_per_token() # tokens/s of an MFU of 1, 0 where unknown
-bad_in_row, bad_steps, clipped = torch.zeros(3, device=device) # bad steps in a row; bad and clipped ones since the last log
 save_due, saved = False, {} # is a save due; whether each file took what was last written to it
 ended = problem = '' # why the run ends early; what makes its exit code 1
 next_command = f'python sample.py --out_dir={shlex.quote(out_dir)}' # what to type after the run
@@ -243,15 +279,14 @@ while True:
 
     # every rank sets the learning rate and the number of micro-batches of this iteration
     lr = get_lr(iter_num) if decay_lr else learning_rate
-    for group in optimizer.param_groups:
-        group['lr'] = lr * group.get('lr_scale', 1.0)
+    muon.set_rates(optimizer, lr, iter_num)
     first, count = micro_batches(iter_num, *growth)
     micro_steps = -(-count // world_size) # of this rank, a micro-batch each; rounded up
 
     # every rank evaluates its share of the windows; the master writes it down and keeps the best
     evaluated = iter_num % eval_interval == 0 or iter_num >= max_iters or eval_only
-    if evaluated:
-        losses = estimate_loss()
+    losses = estimate_loss() if evaluated else None
+    if losses: # no signal came meanwhile
         say(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
         if losses['val'] < best_val_loss:
             before = best_val_loss, best_iter, best_file
@@ -266,32 +301,22 @@ while True:
         elif patience and iter_num - best_iter >= patience * eval_interval:
             ended = f'no better val loss since iteration {best_iter}: '
     if iter_num >= max_iters or eval_only or ended:
-        if not math.isfinite(losses['val']):
+        if losses and not math.isfinite(losses['val']):
             problem = 'the loss is not finite at the end; the last checkpoint is older'
         elif iter_num > start_iter:
             save()
         break
 
-    # every rank adds up the gradients of its micro-steps; DDP and FSDP average them over ranks at the last one
-    loss_sum = torch.zeros((), device=device)
+    # every rank adds up the gradients of its micro-steps
+    loss_sum.zero_()
     for micro_step in range(micro_steps):
         number = micro_step * world_size + rank # of this micro-batch within the iteration
+        divisor.fill_(count / world_size if number < count else math.inf) # beyond the last micro-batch: adds nothing
         seed_dropout(seed, iter_num, number) # like the data, it is a function of the iteration
         X, Y = next(batches)
         with parallel.exchange(model, on=micro_step == micro_steps - 1):
-            with ctx:
-                loss = model(X, Y)[1] # no name holds the logits on
-                loss = train_data.weigh(loss, Y) # where not all targets count
-                loss = loss / (count / world_size) if number < count else loss * 0.0 # beyond the last micro-batch: adds nothing
-                loss = loss * (1 + 0 * loss.detach()) # an infinite loss can have a finite gradient: make it nan on all ranks
-            scaler.scale(loss).backward()
-        loss_sum += loss.detach()
-
-    # every rank finds the same norm, so all of them skip a step whose gradient is not finite
-    scaler.unscale_(optimizer)
-    grad_norm = parallel.gather(clip_grad_norm_(model.parameters(), grad_clip or math.inf))
-    bad = (~grad_norm.isfinite()).float()
-    bad_in_row, bad_steps, clipped = (bad_in_row + 1) * bad, bad_steps + bad, clipped + (grad_norm > (grad_clip or math.inf))
+            add_gradients(X, Y)
+    clip_gradients()
 
     # all ranks save, before the step: these weights have just shown a finite loss and gradient
     stopping = parallel.any_rank(stop)
@@ -306,24 +331,22 @@ while True:
     # every rank takes the same step
     logged = iter_num % log_interval == 0
     old_weights = [p.detach().clone() for p in raw_model.parameters()] if logged and evaluated else None
-    optimizer.found_inf = bad # AdamW's fused kernel then leaves weights and state alone, and nobody waits for the GPU
-    if not ('mps' in device and bad): # MPS's kernel ignores found_inf
-        scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    step()
 
     # every rank helps to log, the master writes; .item() waits for the device, so it stands only here
     if logged:
         log.iteration(iter_num, (first + count) * tokens_per_micro_batch, loss=parallel.total(loss_sum).item() / world_size, lr=lr,
                       grad_norm=grad_norm.item(), clipped=clipped.item(), bad_steps=int(bad_steps), peak_speed=peak_speed,
                       memory_gb=memory_gb(device), **health(raw_model, old_weights))
-        bad_steps, clipped = torch.zeros(2, device=device)
+        bad_steps.zero_()
+        clipped.zero_()
         old_weights = None # their memory
     if max_bad_steps and (logged or device == 'cpu') and bad_in_row >= max_bad_steps:
         problem = (f'no finite loss or gradient in {int(bad_in_row)} steps in a row; the last checkpoint is from before them. Look at '
                    f'grad_norm in {log.path}; lower rates, a longer warmup or bfloat16 in place of float16 may help')
         break
     iter_num += 1
+    stop.nothing_to_lose = False
 
 # -----------------------------------------------------------------------------
 # cleanup

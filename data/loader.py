@@ -54,9 +54,23 @@ def micro_batches(iteration, most, warmup_iters=0):
     (number of the first, how many) micro-batches of an iteration, over all processes: `most`, to which
     they grow linearly during the first warmup_iters iterations.
     """
-    grown = -(-most * np.arange(1, warmup_iters + 1) // (warmup_iters + 1)) # rounded up
-    first = int(grown[:iteration].sum()) + max(0, iteration - warmup_iters) * most
-    return first, int(grown[iteration]) if iteration < warmup_iters else most
+    if iteration >= warmup_iters:
+        grown = floor_sum(warmup_iters + 1, warmup_iters + 1, most, warmup_iters)
+        return grown + (iteration - warmup_iters) * most, most
+    count = lambda i: (most * (i + 1) + warmup_iters) // (warmup_iters + 1) # rounded up
+    return floor_sum(iteration + 1, warmup_iters + 1, most, warmup_iters), count(iteration)
+
+
+def floor_sum(n, m, a, b):
+    """The sum of (a * i + b) // m for i in range(n), in as many steps as Euclid's algorithm takes for a and m."""
+    total = 0
+    while True:
+        total += n * (n - 1) // 2 * (a // m) + n * (b // m)
+        a, b = a % m, b % m
+        top = a * n + b
+        if top < m:
+            return total
+        n, b, m, a = top // m, top % m, a, m # count the same points column by column
 
 
 def deal(iteration, most, warmup_iters, rank, world_size):
@@ -142,7 +156,7 @@ class Loader:
         if not self.masked:
             return loss
         counting = (Y >= 0).sum()
-        return torch.where(counting > 0, loss, 0.0) * counting / self.targets
+        return loss.masked_fill(counting == 0, 0.0) * counting / self.targets
 
     def train_starts(self, numbers):
         """

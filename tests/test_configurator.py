@@ -138,7 +138,7 @@ def test_a_default_may_be_an_expression_in_all_scripts(tmp_path):
     assert '--gradient_accumulation_steps=5 * 8' in project.run('train.py', '--help').stdout
     for script in ('sample.py', 'eval.py'):
         assert 'nowhere/ckpt.pt not found' in project.error(script, '--out_dir=nowhere')
-    assert '124.4M parameters' in project.run('bench.py', '--mode=project').stdout
+    assert '--n_embd=768' in project.run('bench.py', '--help').stdout
     (tmp_path / 'model.py').write_text((tmp_path / 'model.py').read_text().replace('logit_cap: float = 0.0', 'logit_cap: float = math.inf'))
     assert 'logit_cap in model.py: its default math.inf must be a plain value' in project.error('train.py')
 

@@ -136,16 +136,14 @@ def test_a_signal_ends_a_run_with_all_its_work_saved(runs, straight, tried, name
     tried(name, 'once', 'saved at that iteration, exit code 0, nothing lost')
 
 
-def test_a_second_ctrl_c_leaves_at_once(runs, tried):
-    pid = runs.start('hurry', *TINY, '--gradient_accumulation_steps=100000')
-    until(lambda: 'step 0:' in runs.text('hurry'))
-    os.kill(pid, signal.SIGINT)
-    time.sleep(0.3)
-    assert pid in runs.project.spawner.running
+@pytest.mark.parametrize('name, code', [('SIGINT', 130), ('SIGTERM', 143)])
+def test_a_signal_in_the_first_iteration_ends_a_run_at_once(runs, tried, name, code):
+    pid = runs.start(f'hurry-{name}', *TINY, '--gradient_accumulation_steps=100000')
+    until(lambda: 'step 0:' in runs.text(f'hurry-{name}'))
     start = time.time()
-    os.kill(pid, signal.SIGINT)
-    assert runs.wait(pid) == 130 and time.time() - start < 2
-    tried('SIGINT twice within an iteration', 'once', 'left at once, exit code 130; lost: the work since the last save')
+    os.kill(pid, getattr(signal, name))
+    assert runs.wait(pid) == code and time.time() - start < 2
+    tried(f'{name} within the first iteration', 'once', f'ended at once, exit code {code}; there was nothing to lose')
 
 
 def test_a_pipe_that_nobody_reads_any_more_ends_no_run(project, straight, tried):

@@ -1,7 +1,10 @@
 import pytest
 import torch
 
-from generate import KVCache, StaticCache, pick, stream
+import generate
+import tape
+from device import Recorder
+from generate import KVCache, new_cache, pick, seen_in, stream
 from model import GPT, GPTConfig
 from ops import pack
 
@@ -165,7 +168,7 @@ def test_draws_follow_the_probabilities_that_are_left(options):
     logits = torch.randn(1, 29) * 2
     options = {**dict(temperature=1.0, top_k=None, top_p=1.0, min_p=0.0), **options}
     draws = (torch.arange(20000) + 0.5) / 20000 # every quantile once
-    tokens = pick(logits.expand(20000, -1), draws, repetition_penalty=1.0, before=None, pad=None, **options)
+    tokens = pick(logits.expand(20000, -1), draws, repetition_penalty=1.0, **options)
     want = by_hand(logits[0], **options)
     assert (torch.bincount(tokens, minlength=29) / 20000 - want).abs().max() < 2e-4
 
@@ -173,7 +176,7 @@ def test_draws_follow_the_probabilities_that_are_left(options):
 def test_a_token_of_no_probability_is_never_drawn():
     logits = torch.tensor([[float('-inf'), 0.0, float('-inf'), 0.0, float('-inf')]])
     for draw, want in ((0.0, 1), (0.49, 1), (0.51, 3), (1 - 2**-24, 3)):
-        assert pick(logits, torch.tensor([draw]), 1.0, None, 1.0, 0.0, 1.0, None, None).item() == want
+        assert pick(logits, torch.tensor([draw]), 1.0, None, 1.0, 0.0, 1.0).item() == want
 
 
 def test_repetition_is_penalised_as_in_transformers():
@@ -181,9 +184,9 @@ def test_repetition_is_penalised_as_in_transformers():
     torch.manual_seed(3)
     logits, before = torch.randn(4, 29), torch.randint(29, (4, 6))
     want = RepetitionPenaltyLogitsProcessor(1.7)(before, logits.clone()).argmax(-1)
-    assert torch.equal(pick(logits, torch.zeros(4), 0, None, 1.0, 0.0, 1.7, before, torch.zeros(4, dtype=torch.long)), want)
-    pad = torch.tensor([6, 0, 0, 0]) # nothing came before the first
-    assert pick(logits, torch.zeros(4), 0, None, 1.0, 0.0, 1e9, before, pad)[0] == logits[0].argmax()
+    greedy = lambda penalty, pad: pick(logits, torch.zeros(4), 0, None, 1.0, 0.0, penalty, seen_in(before, torch.tensor(pad), 29))
+    assert torch.equal(greedy(1.7, [0, 0, 0, 0]), want)
+    assert greedy(1e9, [6, 0, 0, 0])[0] == logits[0].argmax() # nothing came before the first
 
 
 @pytest.mark.parametrize('knobs', [KNOBS[0], KNOBS[-1]])
@@ -238,13 +241,85 @@ def test_a_compiled_chat_is_compiled_once(knobs):
     torch.compiler.reset()
     model = random_model(**knobs)
     compiled, text = torch.compile(model, backend='eager', fullgraph=True, dynamic=False), [3]
-    caches = [Cache(model.config, model.config.block_size, torch.zeros(1, dtype=torch.int64)) for Cache in (KVCache, StaticCache)]
+    caches = [new_cache(model, static) for static in (False, True)]
     with torch._dynamo.config.patch(error_on_recompile=True):
         for n in (1, 2, 9, 7, 1, 5):
             text += torch.randint(29, (n,)).tolist()
             plain, ours = (torch.cat(list(stream(model, [text], 3, temperature=0, cache=cache, compiled=run))) for cache, run in zip(caches, (None, compiled)))
             assert ours.equal(plain)
             text += plain.tolist()
+
+
+@pytest.fixture
+def taped(monkeypatch):
+    """Steps are recorded and replayed on this CPU as CUDA graphs would be (tape.py). How often they were."""
+    counts = {'record': 0, 'replay': 0}
+
+    def record(self, function, inputs):
+        replay, outputs = tape.record(self, function, inputs)
+        counts['record'] += 1
+
+        def count():
+            counts['replay'] += 1
+            replay()
+        return count, outputs
+    tape.install(monkeypatch.setattr)
+    monkeypatch.setattr(Recorder, 'record', record)
+    monkeypatch.setattr(generate, 'can_record', lambda device: True)
+    return counts
+
+
+OPTIONS = [dict(temperature=0), dict(seed=3), dict(seed=3, top_k=5, top_p=0.8), dict(seed=1, min_p=0.1, temperature=1.3),
+           dict(seed=2, repetition_penalty=1.5), dict(temperature=0, repetition_penalty=2.0)]
+
+
+def texts(model, prompts, n, **options):
+    return torch.stack(list(stream(model, prompts, n, **options)), dim=1).tolist()
+
+
+@pytest.mark.parametrize('options', OPTIONS)
+@pytest.mark.parametrize('knobs', [KNOBS[0], KNOBS[2], KNOBS[-1]])
+def test_replayed_steps_make_the_same_texts(taped, knobs, options):
+    """For prompts of unequal length, three samples each, on beyond block_size."""
+    model = random_model(**knobs)
+    prompts, options = [torch.randint(29, (n,)).tolist() for n in (2, 9, 13)], dict(options, samples=range(3), stride=8)
+    want = texts(model, prompts, 40, cuda_graph=False, **options)
+    assert taped['record'] == 0 and texts(model, prompts, 40, **options) == want
+    assert taped['record'] == 1 and taped['replay'] > 20 # block_size is less than a span
+
+
+@pytest.mark.parametrize('pos', ['learned', 'rotary'])
+def test_attention_reads_no_more_than_a_span_and_each_is_recorded_once(taped, pos):
+    model = random_model(pos=pos, block_size=1024)
+    want = texts(model, [[1, 2], [3]], 800, seed=1, cuda_graph=False)
+    assert texts(model, [[1, 2], [3]], 800, seed=1) == want
+    assert taped['record'] == 3 # 256, 512, and 832 columns
+
+
+def test_tokens_beyond_a_stop_are_thrown_away(taped):
+    model = random_model(pos='rotary')
+    prompts = [torch.randint(29, (n,)).tolist() for n in (4, 7)]
+    stop = lambda b, new: len(new) == (3, 18)[b]
+    want = texts(model, prompts, 40, seed=1, cuda_graph=False, stop=stop)
+    assert texts(model, prompts, 40, seed=1, stop=stop) == want and len(want[0]) == 18
+    assert taped['replay'] < 40
+
+
+@pytest.mark.parametrize('pos', ['learned', 'rotary'])
+def test_a_chat_is_recorded_once(taped, pos):
+    """Over turns of any length, and where the cache begins anew."""
+    model, text = random_model(pos=pos, block_size=64), []
+    plain, ours = new_cache(model, static=False), new_cache(model, static=True)
+    for n in (3, 1, 9, 7, 20, 1, 5):
+        text += torch.randint(29, (n,)).tolist()
+        if len(text) > 64 and pos == 'learned': # as sample.py does
+            text = text[-32:]
+            plain.restart(torch.zeros_like(plain.pad))
+            ours.restart(torch.zeros_like(ours.pad))
+        want = torch.cat(list(stream(model, [text], 8, seed=n, cache=plain, cuda_graph=False)))
+        assert torch.cat(list(stream(model, [text], 8, seed=n, cache=ours))).equal(want)
+        text += want.tolist()
+    assert taped['record'] == 1
 
 
 def test_nothing_to_generate_is_nothing_generated():
