@@ -12,16 +12,23 @@ import itertools
 import os
 import re
 import shutil
+import warnings
 import zipfile
 from dataclasses import replace
 
 import torch
 
-from data.tokenizer import check_meta, dataset_meta, model_vocab_size, same_tokenizer, write_whole
+from data.tokenizer import check_meta, dataset_dir, dataset_meta, model_vocab_size, same_tokenizer, write_whole
 from model import GPT, GPTConfig
 from parallel import agree, any_rank, shard_like
 from runlog import say
 
+def path_as_text(*parts):
+    """What a path among a checkpoint's settings is read as; PopGPT writes some."""
+    return os.path.join(*parts) if parts else '.'
+
+
+PATHS = [(path_as_text, f'{module}.{name}') for module in ('pathlib', 'pathlib._local') for name in ('PosixPath', 'WindowsPath', 'PurePosixPath')]
 PREFIXES = ('_orig_mod.', 'module.') # what torch.compile and DDP put before parameter names
 
 
@@ -53,7 +60,7 @@ def save(path, checkpoint, optimizer_state=None, keep=1):
             os.remove(os.path.join(folder, 'best.pt')) # an earlier run's, or no longer the best
         for old in glob.glob(os.path.join(glob.escape(folder), '*.pt.old')):
             os.remove(old)
-        ours = r'(ckpt|optimizer)-(\d+(-\d+)?)\.pt(\.partial)?' # a copy by another name is the user's
+        ours = r'(ckpt|optimizer)-(\d+(-\d+)?)\.pt' # a copy by another name is the user's
         numbered = [found for found in (re.fullmatch(ours, name) for name in os.listdir(folder)) if found]
         age = lambda found: os.path.getmtime(os.path.join(folder, found[0]))
         history = sorted([found for found in numbered if found[1] == 'ckpt'], key=age)
@@ -106,7 +113,10 @@ def read(path):
                 damaged = f.testzip()
             if damaged:
                 raise zipfile.BadZipFile(f'checksum of {damaged}')
-        return torch.load(path, map_location='cpu', weights_only=True)
+        # an open file, since torch does not take every path; it warns of old formats before it refuses them
+        with open(path, 'rb') as f, warnings.catch_warnings(), torch.serialization.safe_globals(PATHS):
+            warnings.simplefilter('ignore')
+            return torch.load(f, map_location='cpu', weights_only=True)
     except FileNotFoundError as e:
         raise FileNotFoundError(f'{path} not found; train first, or name what is there: --out_dir=... or --init_from=... '
                                 '(on the hub: gpt2-xl or owner/name)') from e
@@ -132,12 +142,7 @@ def load(path):
     """
     path = best(path) if os.path.isdir(path) else path
     checkpoint = read(path)
-    sizes = ('n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size')
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get('model'), dict) \
-            or not isinstance(checkpoint.get('model_args'), dict) or not isinstance(checkpoint.get('config', {}), dict) \
-            or not all(type(checkpoint['model_args'].get(name)) is int for name in sizes) \
-            or not all(isinstance(name, str) and torch.is_tensor(p) for name, p in checkpoint['model'].items()) \
-            or type(checkpoint.get('iter_num')) is not int or not isinstance(checkpoint.get('best_val_loss', 0.0), (int, float, torch.Tensor)):
+    if not is_checkpoint(checkpoint):
         raise ValueError(f'{path} refused: it is no checkpoint of a GPT (it needs model, model_args and iter_num)')
     for name, field in GPTConfig.__dataclass_fields__.items():
         value = checkpoint['model_args'].get(name, field.default)
@@ -152,9 +157,35 @@ def load(path):
     return checkpoint
 
 
+def is_checkpoint(checkpoint):
+    """Has it what a checkpoint of a GPT must have, and all of the right kind?"""
+    if not isinstance(checkpoint, dict):
+        return False
+    parts = [checkpoint.get('model'), checkpoint.get('model_args'), checkpoint.get('config', {})]
+    if not all(isinstance(part, dict) for part in parts):
+        return False
+    weights, sizes, config = parts
+    iter_num, loss = checkpoint.get('iter_num'), checkpoint.get('best_val_loss', 0.0)
+    return (all(isinstance(name, str) and is_plain(p) for name, p in weights.items())
+            and all(type(sizes.get(name)) is int for name in ('n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size'))
+            and all(isinstance(config.get(name, kind()), kind) for name, kind in CONFIG_KINDS.items())
+            and type(iter_num) is int and 0 <= iter_num < 2**63
+            and (isinstance(loss, (int, float)) or is_plain(loss) and loss.numel() == 1)
+            and type(checkpoint.get('best_iter', 0)) is int
+            and all(isinstance(checkpoint.get(name), (str, type(None))) for name in ('best_file', 'run_id', 'optimizer_file')))
+
+
+def is_plain(x):
+    """Is it a tensor of the ordinary kind: not nested, sparse or quantized?"""
+    return torch.is_tensor(x) and x.layout == torch.strided and not x.is_nested and not x.is_quantized
+
+
+CONFIG_KINDS = dict(dataset=str, mask_before_token=str, mask_per_line=bool, align_to_lines=bool, eval_iters=int, batch_size=int) # what others than train.py read
+
+
 def tokenizer_meta(checkpoint, source, vocab_size):
     """The meta of a checkpoint's tokenizer; nanoGPT leaves it with the dataset. ValueError where it has more ids than the model's vocab_size."""
-    meta = checkpoint.get('meta') or dataset_meta(os.path.join('data', str(checkpoint.get('config', {}).get('dataset'))))
+    meta = checkpoint.get('meta') or dataset_meta(dataset_dir(str(checkpoint.get('config', {}).get('dataset'))))
     if meta['vocab_size'] > vocab_size:
         raise ValueError(f'{source} has {vocab_size} token ids and comes without its tokenizer; prepare its dataset first')
     return meta
@@ -197,14 +228,18 @@ def build_model(checkpoint, dropout=0.0, attn_dropout=None):
     """The GPT that a loaded checkpoint describes, with its weights, on CPU; ValueError where they do not fit."""
     sizes = {name: value for name, value in checkpoint['model_args'].items() if name in GPTConfig.__dataclass_fields__}
     layers = {name.split('.')[2] for name in checkpoint['model'] if name.startswith('transformer.h.')}
-    wte = checkpoint['model'].get('transformer.wte.weight', torch.empty(0))
-    if len(layers) != sizes['n_layer'] or wte.shape != (sizes['vocab_size'], sizes['n_embd']): # before memory is taken for them
-        raise ValueError(f'{checkpoint["path"]} refused: its weights do not fit its model_args ({len(layers)} layers, wte of {tuple(wte.shape)})')
-    model = GPT(GPTConfig(**{**sizes, 'dropout': dropout, 'attn_dropout': attn_dropout}))
-    try:
-        model.load_state_dict(checkpoint['model'])
-    except RuntimeError as e:
-        raise ValueError(f'{checkpoint["path"]} refused: its weights do not fit its model_args ({str(e).splitlines()[1].strip()})') from e
+    if len(layers) != sizes['n_layer']:
+        raise ValueError(f'{checkpoint["path"]} refused: its weights do not fit its model_args ({len(layers)} layers)')
+    config = GPTConfig(**{**sizes, 'dropout': dropout, 'attn_dropout': attn_dropout})
+    with torch.device('meta'): # before memory is taken for them
+        wanted = {name: p.shape for name, p in GPT(config).state_dict().items()}
+    found = {name: p.shape for name, p in checkpoint['model'].items()}
+    for name in wanted | found:
+        if wanted.get(name) != found.get(name):
+            shapes = [tuple(shapes[name]) if name in shapes else 'nothing' for shapes in (found, wanted)]
+            raise ValueError(f'{checkpoint["path"]} refused: its weights do not fit its model_args ({name}: {shapes[0]} instead of {shapes[1]})')
+    model = GPT(config)
+    model.load_state_dict(checkpoint['model'])
     return model
 
 
@@ -302,17 +337,30 @@ def fit_sizes(model, asked, source, given):
     model.crop_block_size(block_size)
 
 
-def where_it_stood(folder, checkpoint, only_look=False):
+def where_it_stood(folder, checkpoint, config, only_look=False):
     """
-    (iter_num, best_val_loss, best_iter, best_file, run_id) of the run in `folder` that goes on from its loaded checkpoint. ValueError where another
-    machine has found another one. With only_look nothing in the folder is changed.
+    (iter_num, best_val_loss, best_iter, best_file, run_id) of the run in `folder` that goes on from its loaded checkpoint with
+    the settings `config`. Where these change what is validated, the best so far is none. ValueError where another machine has
+    found another checkpoint. With only_look nothing in the folder is changed.
     """
     iter_num = checkpoint['iter_num']
     if agree(iter_num) != iter_num:
         raise ValueError(f'{checkpoint["path"]} is at iteration {iter_num} here and another at rank 0; '
                          'out_dir must be one folder that all machines see')
+    then, now = validated(checkpoint.get('config', {})), validated(config)
+    changed = [name for name in now if then[name] not in (None, now[name])]
+    if changed:
+        say(f'{", ".join(changed)} changed, and so what is validated: the best val loss so far does not count')
+        return iter_num, float('inf'), iter_num, None, checkpoint.get('run_id')
     best_file = agree(os.environ.get('RANK', '0') == '0' and own_best(folder, checkpoint, only_look)) # rank 0's
     return iter_num, float(checkpoint.get('best_val_loss', 'inf')), checkpoint.get('best_iter', iter_num), best_file, checkpoint.get('run_id')
+
+
+def validated(config):
+    """The settings that decide what is validated, None where `config` lacks one; recipes share the windows out to processes."""
+    names = ('dataset', 'mask_before_token', 'mask_per_line', 'align_to_lines', 'block_size')
+    windows = config['eval_iters'] * config['batch_size'] if {'eval_iters', 'batch_size'} <= set(config) else None
+    return {**{name: config.get(name) for name in names}, 'eval_iters x batch_size': windows}
 
 
 def own_best(folder, checkpoint, only_look=False):
@@ -324,8 +372,8 @@ def own_best(folder, checkpoint, only_look=False):
     if not checkpoint.get('best_file') or not os.path.exists(path):
         return None
     try:
-        iter_num = torch.load(path, map_location='cpu', weights_only=True, mmap=True)['iter_num'] # the weights are not read
-    except Exception: # damaged, of many kinds
+        iter_num = load(path)['iter_num']
+    except ValueError: # damaged
         iter_num = None
     if iter_num == checkpoint.get('best_iter'):
         return 'best.pt'
@@ -356,30 +404,37 @@ def made_by(config, path):
     return all(theirs.get(name) == value for name, value in config.items() if name not in other)
 
 
-OF_TODAY = ('lr', 'momentum', 'fused', 'foreach', 'capturable', 'weight_decay', 'betas', 'lr_scale') # settings of which the knobs count, not the checkpoint
-
-
 def load_optimizer(optimizer, scaler, checkpoint):
-    """Put a checkpoint's optimizer state, and the gradient scaler's, back; ValueError where it is missing or does not fit."""
+    """
+    Put a checkpoint's optimizer state, and the gradient scaler's, back; settings such as weight_decay stay as they are today.
+    ValueError where the state is missing or is not exactly what this optimizer has for each parameter.
+    """
     state = checkpoint.get('optimizer') # nanoGPT keeps it in the same file
     if state is None:
         if not checkpoint.get('optimizer_file'):
             raise ValueError(f'{checkpoint["path"]} has no optimizer state to resume with; fine-tune from it: --init_from={checkpoint["path"]}')
-        state = read(os.path.join(os.path.dirname(checkpoint['path']), os.path.basename(str(checkpoint.get('optimizer_file')))))
+        state = read(os.path.join(os.path.dirname(checkpoint['path']), os.path.basename(checkpoint['optimizer_file'])))
     try:
         params = [p for group in optimizer.param_groups for p in group['params']]
-        for i, tensors in state['state'].items():
+        muon = {p for group in optimizer.param_groups if group.get('muon') for p in group['params']}
+        for i, p in enumerate(params):
+            tensors = state['state'][i]
+            if set(tensors) != ({'momentum_buffer'} if p in muon else {'step', 'exp_avg', 'exp_avg_sq'}):
+                raise ValueError(f'it has {", ".join(map(str, tensors)) or "nothing"} for a parameter of {tuple(p.shape)}')
             for name, t in tensors.items():
-                if torch.is_tensor(t) and t.dim() == 2 and t.shape[1:] == params[i].shape[1:]:
-                    t = t[:len(params[i])] # where block_size was cropped, wpe's state is too
-                if torch.is_tensor(t) and t.dim() and t.shape != params[i].shape:
-                    raise ValueError(f'{tuple(t.shape)} for a parameter of {tuple(params[i].shape)}')
-                tensors[name] = shard_like(t, params[i]) if torch.is_tensor(t) else t
-        for group, ours in zip(state['param_groups'], optimizer.param_groups):
-            group.update({name: ours[name] for name in OF_TODAY if name in ours})
-        optimizer.load_state_dict(state)
+                if t.dim() == 2 and t.shape[1:] == p.shape[1:]:
+                    t = t[:len(p)] # where block_size was cropped, wpe's state is too
+                if not is_plain(t) or t.shape != (() if name == 'step' else p.shape) or not t.is_floating_point():
+                    raise ValueError(f'{name} is of {tuple(t.shape)}, {t.dtype} for a parameter of {tuple(p.shape)}')
+                tensors[name] = shard_like(t, p)
+        if len(state['state']) != len(params):
+            raise ValueError(f'it is of {len(state["state"])} parameters, not {len(params)}')
+        groups = [{**ours, 'params': theirs['params']} for theirs, ours in zip(state['param_groups'], optimizer.param_groups, strict=True)]
+        optimizer.load_state_dict({'state': state['state'], 'param_groups': groups})
         if state.get('scaler'): # empty unless float16
+            if not all(isinstance(value, (int, float)) for value in state['scaler'].values()):
+                raise ValueError('the state of the gradient scaler is not made of numbers')
             scaler.load_state_dict(state['scaler'])
-    except (KeyError, ValueError, TypeError, IndexError, AttributeError) as e:
+    except (KeyError, ValueError, TypeError, IndexError, AttributeError, RuntimeError) as e:
         raise ValueError(f'{checkpoint["path"]}: its optimizer state does not fit this model ({e}); resume with the --optimizer and the sizes '
                          f'of the run, or fine-tune from it: --init_from={checkpoint["path"]}') from e

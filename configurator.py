@@ -15,12 +15,16 @@ import ast
 import difflib
 import json
 import linecache
+import math
 import os
 import sys
 import time
 import tokenize
 import traceback
 from typing import NamedTuple
+
+
+HERE = os.path.dirname(os.path.abspath(__file__)) # where config/ and data/ are
 
 
 class Knob(NamedTuple):
@@ -47,7 +51,7 @@ def tell_torchrun(message):
             json.dump({'message': {'message': message, 'extraInfo': {'timestamp': str(int(time.time()))}}}, f)
 
 
-def configure(ns, model=None, also=(), own=(), of_files=None):
+def configure(ns, model=None, also=(), own=(), of_files=None, paths=()):
     """
     Overwrite the knobs in `ns`, the calling script's globals(), from sys.argv.
 
@@ -56,24 +60,27 @@ def configure(ns, model=None, also=(), own=(), of_files=None):
     are knobs too, where the script does not state its own. `also` names scripts, or such dataclasses,
     whose knobs may stand in a config file and are passed over, so that sample.py can read a training recipe;
     of such a recipe the knobs in `own` are passed over too, which mean something else there. The dict `of_files` is filled with
-    what files set, whatever flags say.
+    what files set, whatever flags say. In `paths`, names of settings, a ~ at the beginning is the home folder.
 
     Returns (config, given): all knobs as a dict, and those that a file or flag set, {name: where}, as '--name=value' or 'file:line'.
     Every mistake of the user's ends in one line and exit code 2, here and (through
     sys.excepthook) in the rest of the script.
     """
     sys.excepthook = one_line_errors
-    if hasattr(sys.stdout, 'reconfigure'):
-        sys.stdout.reconfigure(errors='replace') # what a Windows console, or a file in its encoding, cannot show
+    for name in ('stdout', 'stderr'):
+        if getattr(sys, name) is None: # closed; it ends no run
+            setattr(sys, name, open(os.devnull, 'w', encoding='utf-8'))
+        if hasattr(getattr(sys, name), 'reconfigure'):
+            getattr(sys, name).reconfigure(errors='replace') # what a Windows console or a file in its encoding cannot show
     knobs = read_knobs(ns['__file__'], ns)
-    for name, knob in read_knobs(os.path.join(os.path.dirname(__file__), model)).items() if model else ():
+    for name, knob in read_knobs(os.path.join(HERE, model)).items() if model else ():
         if name not in knobs:
             knobs[name], ns[name] = knob, default_of(knob, {})
             if ns[name] is None and 'None' not in knob.types:
                 fail(f'{name} in {model.partition(":")[0]}: its default {knob.default} must be a plain value')
     passed_over = {}
     for script in also:
-        for name, knob in read_knobs(os.path.join(os.path.dirname(__file__), script)).items():
+        for name, knob in read_knobs(os.path.join(HERE, script)).items():
             if name not in knobs:
                 passed_over[name] = default_of(knob, passed_over)
     if {'-h', '--help'} & set(sys.argv[1:]):
@@ -89,11 +96,39 @@ def configure(ns, model=None, also=(), own=(), of_files=None):
             passed_over = {name: scope[name] for name in passed_over}
         for name, (value, where) in settings.items():
             ns[name] = fit(knobs[name], value, where)
+            if name in paths and ns[name]:
+                ns[name] = os.path.expanduser(ns[name])
             given.pop(name, None) # so that `given` is in the order of what was set last
             given[name] = where
             if not arg.startswith('-'):
                 of_files[name] = ns[name]
     return {name: ns[name] for name in knobs}, given
+
+
+def check(config, names, least=None, above=None, below=None, most=None, choices=None):
+    """
+    Raise a ValueError if one of the settings `names` (a string, separated by spaces) is out of range. None passes.
+
+    least, most: bounds that are allowed; above, below: bounds that are not; choices: all that is allowed
+    An int is at most 2**31 - 1, what libraries count with, unless `most` is given.
+    """
+    for name in names.split():
+        value = config[name]
+        largest = 2**31 - 1 if most is None and type(value) is int else most
+        if value is None:
+            continue
+        if choices is not None and value not in choices:
+            raise ValueError(f'{name}={value!r} is none of {", ".join(map(repr, choices))}')
+        if least == 0 and value < 0:
+            raise ValueError(f'{name}={value} must not be negative')
+        if least is not None and value < least:
+            raise ValueError(f'{name}={value} must be at least {least}')
+        if above is not None and value <= above:
+            raise ValueError(f'{name}={value} must be more than {above}')
+        if below is not None and value >= below:
+            raise ValueError(f'{name}={value} must be less than {below}')
+        if largest is not None and value > largest:
+            raise ValueError(f'{name}={value} must be at most {largest}')
 
 
 def at_least(config, smallest, *names):
@@ -189,7 +224,7 @@ def read_flag(arg, knobs):
     if not arg.startswith('--') or not equals:
         fail(f'{arg}: write --{name}=VALUE, for instance --{name}={knobs[name].default}')
     knob, word = knobs[name], text.strip()
-    if knob.types == ('str',):
+    if knob.types in (('str',), ('str', 'list')): # lists are for config files
         return {name: (text, arg)}
     if word.lower() in ('true', 'false'):
         value = word.lower() == 'true'
@@ -206,6 +241,8 @@ def read_flag(arg, knobs):
 
 def run_file(path, scope, knobs, passed_over, own=()):
     """Execute a config file over the current knob values: {name: (value, where)} for what it, or a file that it executes or imports, assigned."""
+    if not os.path.isfile(path) and os.path.isfile(os.path.join(HERE, path)):
+        path = os.path.join(HERE, path)
     if not os.path.isfile(path):
         folder = os.path.dirname(path) or 'config'
         files = [os.path.join(folder, name) for name in os.listdir(folder)] if os.path.isdir(folder) else []
@@ -218,7 +255,7 @@ def run_file(path, scope, knobs, passed_over, own=()):
         exec(compile(tree, path, 'exec'), scope)
     except SyntaxError as e:
         fail(f'{path}:{e.lineno}: {e.msg}' if e.lineno else f'{path}: {e.msg or e}')
-    except Exception as e:
+    except (Exception, SystemExit) as e: # exit() too
         lines = [row for frame, row in traceback.walk_tb(e.__traceback__) if frame.f_code.co_filename == path]
         fail(f'{path}:{lines[-1] if lines else "?"}: {type(e).__name__}: {e}')
     lines = {} # where each name was assigned last
@@ -244,6 +281,8 @@ def run_file(path, scope, knobs, passed_over, own=()):
 def fit(knob, value, where):
     """`value` as one of the knob's types: an int fits a float knob, 2e3 an int knob, 0 and 1 a bool knob."""
     kind = type(value).__name__.replace('NoneType', 'None').replace('tuple', 'list')
+    if kind == 'float' and not math.isfinite(value) or kind == 'int' and abs(value) >= 2**63:
+        fail(f'{where}: {knob.name} takes a finite number below 2**63, not {value}')
     if kind in knob.types:
         return list(value) if kind == 'list' else value
     if kind == 'int' and 'float' in knob.types and abs(value) < 1e300:
@@ -281,7 +320,7 @@ def one_line_errors(kind, error, trace):
     while last and last.tb_next:
         last = last.tb_next
     path = os.path.abspath(last.tb_frame.f_code.co_filename) if last else ''
-    ours = path.startswith(os.path.dirname(os.path.abspath(__file__)) + os.sep) and 'site-packages' not in path
+    ours = path.startswith(HERE + os.sep) and 'site-packages' not in path
     if issubclass(kind, (ValueError, OSError)) and ours and linecache.getline(path, last.tb_lineno).lstrip().startswith('raise '):
         fail(' '.join(str(error).split()))
     if issubclass(kind, OSError) and ours and error.filename:
@@ -291,7 +330,10 @@ def one_line_errors(kind, error, trace):
     if issubclass(kind, ModuleNotFoundError) and ours:
         fail(f'{os.path.basename(path)}:{last.tb_lineno} needs the package {error.name}, which {sys.executable} does not have; activate the '
              'environment (. .venv/bin/activate) or install into this one (pip install -e .)')
-    if issubclass(kind, MemoryError) or kind.__name__ == 'OutOfMemoryError' or "can't allocate memory" in str(error): # torch's own, GPU and CPU
+    if issubclass(kind, FloatingPointError) and ours:
+        fail(' '.join(str(error).split()), 1)
+    too_much = ("can't allocate memory", 'Storage size calculation overflowed') # torch's own words
+    if issubclass(kind, MemoryError) or kind.__name__ == 'OutOfMemoryError' or any(words in str(error) for words in too_much):
         fail('out of memory; a smaller --batch_size or --block_size takes less', 1)
     if issubclass(kind, BrokenPipeError): # nobody reads on, as after | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -8,7 +8,7 @@ $ python eval.py --init_from=gpt2 --tasks=lambada_openai,hellaswag,arc_easy,piqa
 $ torchrun --standalone --nproc_per_node=8 eval.py --init_from=gpt2-xl --dataset=openwebtext
 """
 
-from configurator import at_least, configure, writable
+from configurator import check, configure, writable
 
 # -----------------------------------------------------------------------------
 # what
@@ -32,7 +32,8 @@ device = 'auto' # 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto' # as in train.py; or 'float32', 'bfloat16', 'float16'
 quantize = '' # 'int8': weights of 8 bits, as sample.py can use them on a CPU
 config, given = configure(globals(), also=('train.py', 'model.py:GPTConfig'),
-                          own=('init_from', 'eval_iters', 'batch_size', 'block_size')) # a training recipe tells out_dir and device
+                          own=('init_from', 'eval_iters', 'batch_size', 'block_size'),
+                          paths=('out_dir', 'init_from', 'include_path', 'output')) # a training recipe tells out_dir and device
 
 # -----------------------------------------------------------------------------
 import importlib.util
@@ -45,15 +46,16 @@ import torch
 import checkpoint as ckpt
 import parallel
 from data.lines import LONGEST, read_lines, read_questions
-from data.loader import Loader
-from data.tokenizer import byte_counts, dataset_meta, from_meta, write_whole
+from data.loader import Loader, must_exist, must_hold
+from data.tokenizer import byte_counts, dataset_dir, dataset_meta, from_meta, write_whole
 from device import DTYPES, autocast, resolve, tune
 from generate import stream
 from ops import pack
 from runlog import say
 
-at_least(config, 1, 'eval_iters', 'batch_size', *(['block_size'] if block_size is not None else []))
-at_least(config, 0, 'num_lines', 'show_wrong')
+check(config, 'eval_iters batch_size block_size', least=1)
+check(config, 'num_lines show_wrong num_fewshot', least=0)
+check(config, 'limit', above=0)
 writable(config, 'output')
 for name in ('output', 'include_path', 'num_fewshot', 'limit'):
     if name in given and not tasks:
@@ -104,7 +106,7 @@ if tasks:
 dataset = dataset or trained.get('dataset', '')
 if not dataset:
     raise ValueError(f'{source} was not trained on a dataset of ours; name one: --dataset=...')
-data_dir = os.path.join('data', dataset)
+data_dir = dataset_dir(dataset)
 meta = loaded.get('meta') or dataset_meta(data_dir)
 ckpt.check_tokenizer(loaded, source, data_dir)
 tokenizer = from_meta(meta)
@@ -121,7 +123,10 @@ def evaluate(X, Y):
 
 bytes_of = torch.tensor(byte_counts(meta), device=device)
 for split in ('train', 'val'):
-    data = Loader(os.path.join(data_dir, f'{split}.bin'), block_size, batch_size, model.config.vocab_size, lines=lines)
+    path = os.path.join(data_dir, f'{split}.bin')
+    must_exist(path)
+    windows = max(1, (must_hold(path, block_size)[0] - 1) // block_size) # batches are filled up to their full size
+    data = Loader(path, block_size, min(batch_size, windows), model.config.vocab_size, lines=lines)
     num_bytes = torch.zeros((), dtype=torch.int64, device=device)
 
     def batches():

@@ -132,11 +132,13 @@ class Step:
         self.token, self.number = zeros(B, 1), zeros(1) # the latest token; how many were drawn
         self.new = zeros(B, max_new_tokens)
         self.draws = zeros(B, max_new_tokens, dtype=torch.float32)
+        self.finite = zeros() # how many tokens were drawn from logits without nan and infinities
         self.seen = zeros(B, vocab_size, dtype=torch.bool) if options['repetition_penalty'] != 1.0 else None
 
     def start(self, ids, pad, draws):
         """Get ready to continue ids (B, T), each from its column pad (B,) on, by uniform random numbers (B, max_new_tokens)."""
         self.number.zero_()
+        self.finite.zero_()
         self.draws.copy_(draws)
         if self.seen is not None:
             self.seen.copy_(seen_in(ids, pad, self.vocab_size))
@@ -157,6 +159,7 @@ class Step:
 
     def draw(self, logits):
         """Draw a token from logits (B, V)."""
+        self.finite.add_(logits.amax(dim=-1).isfinite().all())
         draws = self.draws.index_select(1, self.number)[:, 0]
         token = pick(logits, draws, seen=self.seen, **self.options)[:, None]
         if self.seen is not None:
@@ -182,12 +185,15 @@ def stream(model, prompts, max_new_tokens, samples=range(1), temperature=1.0, to
         and the rest is added to it
     compiled: torch.compile(model), to take the steps after the prompt
     cuda_graph: False: on CUDA, do not record the step as a CUDA graph
+    Raises FloatingPointError where logits are not finite, ValueError where stride leaves no context.
     Prompts see their last block_size tokens. Beyond block_size learned positions recompute that window for every token, as
     nanoGPT does, or of one with stride - 1 tokens less every stride tokens; the others slide: what is kept of the last
     block_size tokens has itself seen tokens further back.
     """
     block_size, device, B = model.config.block_size, model.lm_head.weight.device, len(prompts) * len(samples)
     vocab_size = vocab_size or model.config.vocab_size
+    if stride > 1 and stride >= block_size:
+        raise ValueError(f'stride={stride} must be less than block_size={block_size}')
     cuda_graph = cuda_graph and can_record(device)
     options = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty)
 
@@ -227,7 +233,7 @@ def stream(model, prompts, max_new_tokens, samples=range(1), temperature=1.0, to
                 step.draw(logits)
             elif model.config.pos == 'learned' and cache.length == block_size: # no position is left for another token
                 so_far = torch.cat((ids, step.new[:, :number]), dim=1)
-                window = so_far[:, -max(1, block_size - stride + 1):].contiguous()
+                window = so_far[:, stride - 1 - block_size:].contiguous()
                 cache.restart((pad - so_far.size(1) + window.size(1)).clamp_min(0))
                 cache.reserve(window.size(1))
                 step.draw(step.logits(window, model))
@@ -239,6 +245,8 @@ def stream(model, prompts, max_new_tokens, samples=range(1), temperature=1.0, to
     make(numbers[:block])
     for first in numbers[::block]:
         tokens = step.new[:, first:first + block].clone().cpu() # waits for the device
+        if step.finite != step.number:
+            raise FloatingPointError('the logits are not finite: the weights are damaged, or too large for this dtype')
         if block > 1:
             make(numbers[first + block:][:block]) # the device goes on while these are read
         for token in tokens.unbind(1):
@@ -288,6 +296,8 @@ def pick(logits, draw, temperature, top_k, top_p, min_p, repetition_penalty, see
         logits = torch.where(seen, torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty), logits)
     if temperature == 0:
         return logits.argmax(dim=-1)
+    logits = logits - logits.amax(dim=-1, keepdim=True) # divided by a tiny temperature the largest would be infinite
+    temperature = max(temperature, 1e-30)
     k, ids = logits.size(1) if top_k is None else min(top_k, logits.size(1)), None
     if k < logits.size(1) or top_p < 1.0:
         logits, ids = logits.topk(k) # the most likely first (B, k)

@@ -46,11 +46,18 @@ class GPTConfig:
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
+            most = 10_000 if name == 'n_layer' else 2**31 - 1
+            if getattr(self, name) > most:
+                raise ValueError(f'{name}={getattr(self, name)} must be at most {most}')
         if self.n_embd % self.n_head:
             raise ValueError(f'n_embd={self.n_embd} must be divisible by n_head={self.n_head}: '
                              f'{self.n_embd} / {self.n_head} = {self.n_embd / self.n_head:.2f}')
         if self.lora_rank < 0:
             raise ValueError(f'lora_rank={self.lora_rank} must not be negative')
+        if self.lora_rank > self.n_embd:
+            raise ValueError(f'lora_rank={self.lora_rank} must be at most n_embd={self.n_embd}')
+        if not 0.0 <= self.logit_cap < math.inf:
+            raise ValueError(f'logit_cap={self.logit_cap} must be a finite number of at least 0')
         for name in ('dropout', 'attn_dropout'):
             if getattr(self, name) is not None and not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f'{name}={getattr(self, name)} must be at least 0 and less than 1')

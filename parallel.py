@@ -41,8 +41,6 @@ def start(backend, device, timeout, accumulation):
     if accumulation % n:
         fits = [n * k for k in (accumulation // n, accumulation // n + 1) if k]
         raise ValueError(f'gradient_accumulation_steps={accumulation} cannot be shared by {n} processes; {" or ".join(map(str, fits))} can')
-    if backend not in ('auto', 'nccl', 'gloo'):
-        raise ValueError(f"backend={backend!r} is none of 'auto', 'nccl', 'gloo'")
     if 'mps' in device or (backend == 'nccl' and 'cuda' not in device):
         raise ValueError(f'several processes on {device} with backend={backend!r} cannot work; use CUDA, or --device=cpu --backend=gloo')
     if backend == 'nccl' and not dist.is_nccl_available():

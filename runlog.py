@@ -7,9 +7,9 @@ and out_dir/config.py, the knobs and the command of the run.
 
 import csv
 import io
-import math
 import os
 import shlex
+import socket
 import sys
 import threading
 import time
@@ -21,7 +21,7 @@ if __name__ == '__main__':
 from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
-from data.tokenizer import write_whole
+from data.tokenizer import remove_partials, write_whole
 from parallel import gather
 
 # Of each logged iteration: mean loss over its batch; of each evaluation: train_loss and val_loss; then the health
@@ -52,13 +52,15 @@ class RunLog:
         Raises OSError where out_dir cannot be written to.
         """
         self.out_dir, self.path, self.quiet = out_dir, os.path.join(out_dir, 'log.csv'), quiet
-        self.broken, self.wandb, self.run_id, rows = set(), None, None, []
+        self.broken, self.wandb, self.run_id, self.lock, rows = set(), None, None, None, []
         if not quiet:
             try:
                 os.makedirs(out_dir, exist_ok=True)
+                self.lock = lock(out_dir)
+                remove_partials(out_dir)
                 rows = [row for row in read_log(self.path) if row['iter'] < iter_num]
                 write_whole(self.path, lambda f: f.write(table(rows, header=True).encode()))
-                write_whole(os.path.join(out_dir, 'config.py'), lambda f: f.write(describe(out_dir, config, iter_num).encode()))
+                write_whole(os.path.join(out_dir, 'config.py'), lambda f: f.write(describe(out_dir, config, iter_num).encode(errors='backslashreplace')))
             except OSError as e:
                 raise OSError(f'cannot write into out_dir={out_dir!r}: {e.strerror}') from e
         if config.get('wandb_log') and not quiet:
@@ -144,6 +146,8 @@ class RunLog:
 
     def close(self):
         self.bar.close()
+        if self.lock:
+            self.lock.close()
         if self.wandb:
             self.attempt(self.wandb.finish, where='to wandb')
 
@@ -157,6 +161,29 @@ class RunLog:
             if where not in self.broken: # said once
                 say(f'cannot write the log {where or f"into {self.out_dir}"}: {getattr(e, "strerror", None) or e}; training goes on')
             self.broken.add(where)
+
+
+def lock(folder):
+    """
+    The open file run.lock in `folder`, locked until this process ends, in whatever way, also over NFS. A ValueError tells
+    which process holds it. None where the system has no locks.
+    """
+    try:
+        import fcntl # not on Windows
+    except ImportError:
+        return None
+    file = open(os.path.join(folder, 'run.lock'), 'a+', encoding='utf-8')
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        file.seek(0)
+        raise ValueError(f'out_dir={folder!r} is that of a run under way ({file.read().strip()}); give this one its own --out_dir') from e
+    except OSError: # the file system has none
+        return None
+    file.truncate(0)
+    file.write(f'process {os.getpid()} on {socket.gethostname()}\n')
+    file.flush()
+    return file
 
 
 def health(model, before):
@@ -188,8 +215,7 @@ def describe(out_dir, config, iter_num):
         with open(path, encoding='utf-8') as f:
             before = [line.rstrip() for line in f if line.startswith('# from iteration ')]
     command = f'# from iteration {iter_num}: {shlex.join(["python", *sys.argv])}'.replace('\n', ' ')
-    spelled = lambda value: f"float('{value}')" if isinstance(value, float) and not math.isfinite(value) else repr(value)
-    return '\n'.join([*before, command, '', *(f'{name} = {spelled(value)}' for name, value in config.items())]) + '\n'
+    return '\n'.join([*before, command, '', *(f'{name} = {value!r}' for name, value in config.items())]) + '\n'
 
 
 def read_log(path):
@@ -230,8 +256,10 @@ def draw(out_dirs, png):
         axis.grid(alpha=0.3)
         axis.legend()
     axes[0].set_ylabel('loss (nats per token)')
-    figure.savefig(png, dpi=110)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=110, format=os.path.splitext(png)[1][1:] or 'png')
     plt.close(figure)
+    write_whole(png, lambda f: f.write(picture.getvalue()))
 
 
 def columns(rows, x, y):

@@ -9,14 +9,14 @@ $ python sample.py --start=LINES:prompts.txt --output=answers.jsonl
 $ python sample.py --out_dir=out-shakespeare-char --interactive=True
 """
 
-from configurator import above, at_least, at_most, configure, writable
+from configurator import check, configure, writable
 
 # -----------------------------------------------------------------------------
 # what from
 init_from = 'resume' # out_dir's best.pt, else its ckpt.pt; or other weights: a folder, a file, a hub name such as 'gpt2-xl'
 out_dir = 'out' # folder of the run to sample from
 # what
-start: str | list = '\n' # the prompt, FILE:name for a file's text, LINES:name for a prompt a line, - for standard input, or a list of these
+start: str | list = '' # the prompt, FILE:name for a file's text, LINES:name for a prompt a line, - for standard input; a list of these in a config file; if not given, the end of a text, or a newline
 num_samples = 10 # texts to draw for each prompt
 max_new_tokens = 500 # tokens in each
 interactive = False # True: read a prompt, go on with the text, read the next, as in a chat
@@ -38,7 +38,7 @@ dtype = 'auto' # as in train.py; or 'float32', 'bfloat16', 'float16'
 quantize = '' # 'int8': weights of 8 bits, for one text at a time on a CPU
 compile: bool | str = False # torch.compile: half a minute's wait, then faster steps
 config, given = configure(globals(), also=('train.py', 'model.py:GPTConfig'), # a training recipe tells out_dir and device
-                      own=('init_from', 'batch_size', 'compile', 'seed')) # its values of these are for training
+                      own=('init_from', 'batch_size', 'compile', 'seed'), paths=('out_dir', 'init_from', 'output')) # its values of these are for training
 
 # -----------------------------------------------------------------------------
 import contextlib
@@ -55,12 +55,14 @@ from device import DTYPES, resolve, tune
 from generate import new_cache, stream
 from ops import pack
 
-at_least(config, 1, 'num_samples', 'max_new_tokens', 'batch_size', 'stride')
-at_least(config, 0, 'temperature', 'top_k', 'min_p')
-above(config, 0, 'top_p', 'repetition_penalty')
-at_most(config, 1, 'top_p', 'min_p')
+check(config, 'num_samples max_new_tokens batch_size stride', least=1)
+check(config, 'temperature top_k', least=0)
+check(config, 'top_p', above=0, most=1)
+check(config, 'min_p', least=0, most=1)
+check(config, 'repetition_penalty', above=0)
+check(config, 'seed', most=2**63 - 1)
 writable(config, 'output')
-prompts = [start] if isinstance(start, str) else start
+prompts = [start] if isinstance(start, str) else list(start)
 stops = [stop] if isinstance(stop, str) else stop
 if sys.stdin is None and (interactive or '-' in prompts):
     raise ValueError('standard input is closed; give a prompt by --start=... instead')
@@ -70,9 +72,12 @@ for name, texts in (('start', prompts), ('stop', stops)):
     if not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(f'{name}={config[name]} must be a text or a list of texts')
 stops = [text for text in (stop_token_char, *stops) if text]
-for prompt in prompts:
-    if prompt.startswith(('FILE:', 'LINES:')) and not os.path.isfile(prompt.partition(':')[2]):
-        raise FileNotFoundError(f'prompt file {prompt.partition(":")[2]} not found')
+for i, prompt in enumerate(prompts):
+    if prompt.startswith(('FILE:', 'LINES:')):
+        kind, _, path = prompt.partition(':')
+        prompts[i] = f'{kind}:{os.path.expanduser(path)}'
+        if not os.path.isfile(os.path.expanduser(path)):
+            raise FileNotFoundError(f'prompt file {path} not found')
 if output and interactive:
     raise ValueError('--output is not written with --interactive; leave one of them out')
 device, dtype, compile = resolve(device, 'auto' if dtype == 'fast' else dtype, compile, quantize) # small networks are not faster
@@ -103,8 +108,17 @@ def read_prompts(text):
 
 if stop_token_char and len(tokenizer.encode(stop_token_char)) != 1:
     raise ValueError(f'stop_token_char={stop_token_char!r} is {len(tokenizer.encode(stop_token_char))} tokens; --stop takes any string')
-prompts = [] if interactive else [text for prompt in prompts for text in read_prompts(prompt)]
-ids = [tokenizer.encode(prompt) for prompt in prompts] # all of them before the first is sampled
+newline = []
+with contextlib.suppress(ValueError): # some vocabularies have none
+    newline = tokenizer.encode('\n')
+if interactive:
+    prompts, ids = [], []
+elif 'start' in given:
+    prompts = [text for prompt in prompts for text in read_prompts(prompt)]
+    ids = [tokenizer.encode(prompt) for prompt in prompts] # all of them before the first is sampled
+else:
+    ids = [[tokenizer.eot] if tokenizer.eot is not None else newline or [0]]
+    prompts = [tokenizer.decode(ids[0])]
 if not all(ids) or not (ids or interactive):
     raise ValueError('the prompt is empty; give at least one character: --start=...')
 if device == 'cpu' and (quantize or not compile):
@@ -182,7 +196,7 @@ if interactive: # a text that goes on and on; what was said is not computed agai
             continue
         within = context and context[-1] != tokenizer.eot and not tokenizer.decode(context).endswith('\n') # a line that has not ended
         try:
-            line = tokenizer.encode('\n' + line if within else line)
+            line = tokenizer.encode('\n' + line if within and newline else line)
         except ValueError as e: # a character that the vocabulary lacks
             print(e)
             continue

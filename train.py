@@ -9,7 +9,7 @@ On 8 GPUs of one machine:
 $ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 """
 
-from configurator import above, at_least, at_most, below, configure, fail, one_of
+from configurator import check, configure, fail
 
 # -----------------------------------------------------------------------------
 # I/O
@@ -76,7 +76,7 @@ device = 'auto' # 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto' # 'float32', 'bfloat16', 'float16', or 'fast': as 'auto', but bfloat16 on CPUs that multiply it faster
 compile: bool | str = 'auto' # torch.compile: half a minute's wait, then faster steps; 'auto': on GPUs, for runs that earn the wait back
 cuda_graph: bool | str = 'auto' # record the step as CUDA graphs and replay it; 'auto': on one GPU
-config, given = configure(globals(), model='model.py:GPTConfig', of_files=(of_files := {})) # now the knobs are what files and flags made them
+config, given = configure(globals(), model='model.py:GPTConfig', of_files=(of_files := {}), paths=('out_dir', 'init_from')) # now the knobs are what files and flags made them
 
 # -----------------------------------------------------------------------------
 # imports come after the knobs, so that --help and a mistyped flag answer before torch has loaded
@@ -93,8 +93,8 @@ import checkpoint as ckpt
 import muon
 import parallel
 from data.lines import read_lines
-from data.loader import Loader, deal, micro_batches, must_exist
-from data.tokenizer import dataset_meta
+from data.loader import Loader, deal, micro_batches, must_exist, must_hold
+from data.tokenizer import dataset_dir, dataset_meta
 from device import Recorder, autocast, can_record, memory_gb, pays_to_compile, peak_flops, resolve, tune
 from ops import seed_dropout
 from runlog import RunLog, health, say
@@ -102,18 +102,20 @@ from runlog import RunLog, health, say
 # -----------------------------------------------------------------------------
 # refuse knobs that make no sense
 save_interval = config['save_interval'] = eval_interval if save_interval is None else save_interval
-at_least(config, 1, 'eval_interval', 'save_interval', 'log_interval', 'eval_iters', 'keep_checkpoints',
-         'gradient_accumulation_steps', 'batch_size', 'block_size', 'dist_timeout')
-at_least(config, 0, 'beta1', 'beta2', 'seed', 'max_bad_steps', 'batch_size_warmup_iters', 'patience', 'loss_chunk', 'learning_rate',
-         'min_lr', 'warmup_iters', 'max_iters', 'lr_decay_iters', 'weight_decay', 'grad_clip')
-below(config, 1, 'beta1', 'beta2')
-at_most(config, 2**63 - 1, 'seed')
-above(config, 0, 'decay_share')
+check(config, 'eval_interval save_interval log_interval eval_iters keep_checkpoints dist_timeout', least=1)
+check(config, 'gradient_accumulation_steps batch_size block_size', least=1)
+check(config, 'max_bad_steps batch_size_warmup_iters patience loss_chunk warmup_iters max_iters lr_decay_iters', least=0)
+check(config, 'learning_rate min_lr weight_decay grad_clip matrix_lr embed_lr head_lr', least=0)
+check(config, 'beta1 beta2', least=0, below=1)
+check(config, 'decay_share', above=0)
+check(config, 'seed', least=0, most=2**63 - 1)
+check(config, 'optimizer', choices=('adamw', 'muon'))
+check(config, 'lr_schedule', choices=('cosine', 'trapezoid'))
+check(config, 'backend', choices=('auto', 'nccl', 'gloo'))
 if optimizer != 'muon' and any(given.get(name, '').startswith('--') for name in ('matrix_lr', 'embed_lr', 'head_lr')):
     raise ValueError(f'matrix_lr, embed_lr and head_lr are of --optimizer=muon (config/modern.py); {optimizer} has --learning_rate')
 if decay_lr and min_lr > learning_rate:
     raise ValueError(f'min_lr={min_lr} is more than learning_rate={learning_rate}; add --min_lr={learning_rate / 10:g}')
-one_of(config, optimizer=('adamw', 'muon'), lr_schedule=('cosine', 'trapezoid'))
 
 # -----------------------------------------------------------------------------
 # devices and processes
@@ -132,13 +134,14 @@ cuda_graph = can_record(cuda_graph, device, dtype, ddp, redraws)
 
 # -----------------------------------------------------------------------------
 # model
-data_dir = os.path.join('data', dataset)
+data_dir = dataset_dir(dataset)
 must_exist(os.path.join(data_dir, 'train.bin')) # before weights are fetched for nothing
 meta = dataset_meta(data_dir) # of its tokenizer, travels in the checkpoint
 own = os.path.join(out_dir, 'ckpt.pt') # this run's
 init_from = ckpt.where_from(init_from, own, config, of_files) # 'auto', and a restart by torchrun after a fault, may mean 'resume'
 torch.manual_seed(seed)
 if init_from == 'scratch':
+    must_hold(os.path.join(data_dir, 'train.bin'), block_size) # before memory is taken for so long a context
     model, loaded = ckpt.new_model(config, given, meta), {}
 else: # this run's own checkpoint, or other weights to fine-tune
     model, loaded = ckpt.trained_model(init_from, own, config, given, data_dir)
@@ -177,7 +180,7 @@ for group in optimizer.param_groups:
 iter_num, best_val_loss, best_iter, best_file, run_id = 0, float('inf'), 0, None, None # best_file: of the best weights; run_id: wandb's
 if init_from == 'resume':
     ckpt.load_optimizer(optimizer, scaler, loaded)
-    iter_num, best_val_loss, best_iter, best_file, run_id = ckpt.where_it_stood(out_dir, loaded, only_look=eval_only)
+    iter_num, best_val_loss, best_iter, best_file, run_id = ckpt.where_it_stood(out_dir, loaded, knobs, only_look=eval_only)
     say(f'resuming {own} at iteration {iter_num}')
 loaded = None # frees its memory
 

@@ -7,6 +7,7 @@ can work ahead.
 
 import glob
 import os
+import shlex
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
@@ -17,6 +18,7 @@ from data.lines import find_starts, mask_targets
 from data.tokenizer import dataset_meta
 
 
+MOST = 2**28 # tokens of a batch
 CHECKED = 50_000_000 # tokens that are looked through at the start for ids the model does not have
 
 
@@ -93,8 +95,21 @@ def must_exist(path):
     if not os.path.exists(script):
         there = glob.glob(os.path.join(os.path.dirname(folder), '*', 'train.bin'))
         names = ', '.join(sorted(os.path.basename(os.path.dirname(name)) for name in there)) or 'none'
-        script = f'data/text/prepare.py --input=... --dataset={os.path.basename(folder)} (prepared are: {names})'
+        script = f'data/text/prepare.py --input=... --dataset={shlex.quote(os.path.basename(folder))} (prepared are: {names})'
     raise FileNotFoundError(f'{path} not found; prepare the dataset first: python {script}')
+
+
+def must_hold(path, block_size):
+    """(tokens, dtype) of the .bin file at `path`; a ValueError if a sequence of block_size and its targets does not fit into it."""
+    folder = os.path.dirname(path)
+    dtype = np.dtype(dataset_meta(folder).get('dtype', 'uint16'))
+    size = os.path.getsize(path)
+    count, rest = divmod(size, dtype.itemsize)
+    if rest:
+        raise ValueError(f'{path} has {size:,} bytes, so it is no file of {dtype}; prepare it again: python {folder}/prepare.py')
+    if count < block_size + 1:
+        raise ValueError(f'{path} has {count:,} tokens, block_size={block_size} needs at least {block_size + 1:,}; lower --block_size')
+    return count, dtype
 
 
 class Loader:
@@ -106,15 +121,10 @@ class Loader:
         lines: a data.lines.Lines, which says what targets count and where windows may begin; None: all, anywhere
         vocab_size: ids at or beyond it raise a ValueError; so do a missing file and one that is too short
         """
-        folder = os.path.dirname(path)
         must_exist(path)
-        dtype = np.dtype(dataset_meta(folder).get('dtype', 'uint16'))
-        size = os.path.getsize(path)
-        count, rest = divmod(size, dtype.itemsize)
-        if rest:
-            raise ValueError(f'{path} has {size:,} bytes, so it is no file of {dtype}; prepare it again: python {folder}/prepare.py')
-        if count < block_size + 1:
-            raise ValueError(f'{path} has {count:,} tokens, block_size={block_size} needs at least {block_size + 1:,}; lower --block_size')
+        count, dtype = must_hold(path, block_size)
+        if batch_size * block_size > MOST:
+            raise ValueError(f'batch_size={batch_size} x block_size={block_size} is more than {MOST:,} tokens; lower --batch_size')
         self.path, self.block_size, self.batch_size, self.vocab_size, self.seed = path, block_size, batch_size, vocab_size, seed
         self.tokens = np.memmap(path, dtype=dtype, mode='r')
         self.windows = np.lib.stride_tricks.sliding_window_view(self.tokens, block_size + 1)  # (N - T, T + 1), a view

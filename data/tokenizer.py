@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+import secrets
 import sys
 from typing import Callable, NamedTuple
 
@@ -16,6 +17,15 @@ from data.download import checked, from_wheel, within
 
 GPT2 = {'tokenizer': 'gpt2', 'vocab_size': 50257}  # the meta of a dataset without meta.pkl
 GPT2_SIZES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl') # names of OpenAI's weights on the hub
+
+
+DATA = os.path.dirname(os.path.abspath(__file__))
+
+
+def dataset_dir(name):
+    """The folder of a dataset, beside the scripts; as it is called from where one stands, if that is where they are."""
+    here = os.path.dirname(DATA) == os.path.abspath(os.curdir)
+    return os.path.join('data' if here else DATA, name)
 
 
 class Tokenizer(NamedTuple):
@@ -276,8 +286,15 @@ def short(path):
 
 
 def write_whole(path, write):
-    """Call write(file) on a temporary file and move it to `path`: there whole, or not at all, power cuts included."""
-    partial = path + '.partial'
+    """
+    Call write(file) on a temporary file and move it to `path`: there whole, or not at all, power cuts included. What a link
+    points to is written; what is no regular file, such as /dev/null or a pipe, is written to directly.
+    """
+    if path.startswith('/dev/') or os.path.exists(path) and not os.path.isfile(path):
+        with open(path, 'wb') as f:
+            return write(f)
+    path = os.path.realpath(path) if os.path.islink(path) else path
+    partial = partial_name(path)
     try:
         with open(partial, 'wb') as f:
             write(f)
@@ -290,6 +307,22 @@ def write_whole(path, write):
                 os.fsync(folder)
             finally:
                 os.close(folder)
+    except OSError as e:
+        if e.filename == partial:
+            e.filename = path # the name that the user knows
+        raise
     finally:
         if os.path.exists(partial):
             os.remove(partial)
+
+
+def partial_name(path):
+    """A name for a temporary file beside `path`, for this writer alone."""
+    return f'{path}.{os.getpid()}-{secrets.token_hex(4)}.partial'
+
+
+def remove_partials(folder):
+    """Remove temporary files of writers that were killed. No writer may be at work in `folder`."""
+    for name in os.listdir(folder):
+        if re.search(r'\.\d+-[0-9a-f]{8}\.partial$', name):
+            os.remove(os.path.join(folder, name))

@@ -1,11 +1,12 @@
+import re
 import subprocess
 import sys
 import time
 
 import pytest
 
-from configurator import read_knobs
-from conftest import ROOT, Project
+from configurator import check, read_knobs
+from conftest import ROOT, TINY, Project
 
 SCRIPT = f'''
 """A script with a knob of every kind."""
@@ -59,7 +60,8 @@ def run(tmp_path):
     ('--start=', "'start': ''"),
     ('--stop=None', "'stop': None"),
     ('--stop=12', "'stop': '12'"),
-    ("--start_list=['a', 'b']", "'start_list': ['a', 'b']"),
+    ("--start_list=['a', 'b']", """'start_list': "['a', 'b']\""""),
+    ('--start_list=[1, 2]', "'start_list': '[1, 2]'"),
     ('--start_list=plain', "'start_list': 'plain'"),
     ('--compile=False', "'compile': False"),
     ('--compile=auto', "'compile': 'auto'"),
@@ -138,7 +140,7 @@ def test_a_default_may_be_an_expression_in_all_scripts(tmp_path):
     assert '--gradient_accumulation_steps=5 * 8' in project.run('train.py', '--help').stdout
     for script in ('sample.py', 'eval.py'):
         assert 'nowhere/ckpt.pt not found' in project.error(script, '--out_dir=nowhere')
-    assert '--n_embd=768' in project.run('bench.py', '--help').stdout
+    assert '--n_embd=12 * 64' in project.run('bench.py', '--help').stdout
     (tmp_path / 'model.py').write_text((tmp_path / 'model.py').read_text().replace('logit_cap: float = 0.0', 'logit_cap: float = math.inf'))
     assert 'logit_cap in model.py: its default math.inf must be a plain value' in project.error('train.py')
 
@@ -178,7 +180,7 @@ def test_an_error_that_is_not_ours_keeps_its_traceback(run):
 
 
 @pytest.mark.parametrize('line, code, message', [
-    ('import data.tokenizer as t; t.write_whole("nowhere/x.txt", None)', 2, 'error: nowhere/x.txt.partial: No such file or directory'),
+    ('import data.tokenizer as t; t.write_whole("nowhere/x.txt", None)', 2, 'error: nowhere/x.txt: No such file or directory'),
     ('import torch; torch.empty(10**15)', 1, 'error: out of memory'),
     ('import operator, data.tokenizer as t; t.write_whole("x", operator.methodcaller("truncate", -1))', 1, 'error: Invalid argument'), # as of a full disk
     ('sys.modules["torch"] = None; import muon', 2, 'needs the package torch, which '),
@@ -206,3 +208,41 @@ def test_a_recipe_trains_and_validates_on_as_much_on_any_number_of_processes(rec
         exec((ROOT / 'config' / f'{recipe}.py').read_text(encoding='utf-8'), knobs)
         return knobs['batch_size'] * knobs['gradient_accumulation_steps'], knobs['batch_size'] * knobs['eval_iters']
     assert sequences(1) == sequences(2) == sequences(8)
+
+
+@pytest.mark.parametrize('text, message', [
+    ("learning_rate = float('nan')\n", 'learning_rate takes a finite number below 2**63, not nan'),
+    ("learning_rate = float('inf')\n", 'learning_rate takes a finite number below 2**63, not inf'),
+    ('batch_size = 10**22\n', 'batch_size takes a finite number below 2**63'),
+    ('exit()\n', 'bad.py:1: SystemExit'),
+    ('batch_size = 3\nraise SystemExit(0)\n', 'bad.py:2: SystemExit'),
+])
+def test_numbers_that_are_none_and_an_exit_are_refused(run, text, message):
+    (run.folder / 'bad.py').write_text(text)
+    assert message in run('bad.py')
+
+
+@pytest.mark.parametrize('values, bounds, message', [
+    (dict(a=0), dict(least=1), 'a=0 must be at least 1'),
+    (dict(a=-1), dict(least=0), 'a=-1 must not be negative'),
+    (dict(a=0.0), dict(above=0), 'a=0.0 must be more than 0'),
+    (dict(a=1.0), dict(below=1), 'a=1.0 must be less than 1'),
+    (dict(a=1.5), dict(most=1), 'a=1.5 must be at most 1'),
+    (dict(a=2**31), dict(least=0), 'a=2147483648 must be at most 2147483647'),
+    (dict(a='x'), dict(choices=('y', 'z')), "a='x' is none of 'y', 'z'"),
+])
+def test_ranges_are_checked_in_one_place(values, bounds, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check(values, 'a', **bounds)
+    check(dict(a=None, b=1), 'a b', least=1)
+    check(dict(a=2**40), 'a', most=2**63 - 1)
+
+
+def test_every_number_of_every_script_has_a_range(project):
+    """Whatever number is asked for: one line, and no memory is taken for it."""
+    for script in ('train.py', 'sample.py', 'eval.py'):
+        for name, knob in read_knobs(ROOT / script).items():
+            if 'int' in knob.types and name != 'seed':
+                flags = [flag for flag in TINY if script == 'train.py' and not flag.startswith(f'--{name}=')]
+                message = project.error(script, *flags, f'--{name}={2**62}', '--device=cpu')
+                assert 'memory' not in message

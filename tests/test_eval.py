@@ -99,10 +99,12 @@ def test_prompts_in_a_list_are_sampled_in_turn_and_end_where_told(swapped):
     (swapped.path / 'ask.py').write_text("out_dir = 'out-swaps'\nstart = ['ab=', 'cd=']\nnum_samples = 2\nstop_token_char = '\\n'\ntemperature = 0\n")
     texts = swapped.run('sample.py', 'ask.py', '--device=cpu').stdout.split('\n---------------\n')[:-1]
     assert [text[:3] for text in texts] == ['ab=', 'ab=', 'cd=', 'cd='] and all('\n' not in text for text in texts) and texts[0] == texts[1]
-    plain = swapped.run('sample.py', 'ask.py', '--device=cpu', "--stop=['a', '=']", '--max_new_tokens=9', '--stop_token_char=').stdout
+    (swapped.path / 'ends.py').write_text("stop = ['a', '=']\nstop_token_char = ''\n")
+    plain = swapped.run('sample.py', 'ask.py', 'ends.py', '--device=cpu', '--max_new_tokens=9').stdout
     assert all('a' not in text[3:] for text in plain.split('\n---------------\n')[:-1])
     assert 'is 2 tokens; --stop takes any string' in swapped.error('sample.py', 'ask.py', '--stop_token_char=ab')
-    assert 'must be a text or a list of texts' in swapped.error('sample.py', 'ask.py', '--start=[1, 2]')
+    (swapped.path / 'ask.py').write_text("out_dir = 'out-swaps'\nstart = [1, 2]\n")
+    assert 'must be a text or a list of texts' in swapped.error('sample.py', 'ask.py')
 
 
 def test_finetuning_takes_weights_only(swapped):

@@ -220,7 +220,8 @@ def test_a_stride_recomputes_the_window_less_often():
             start = len(ids) - (16 - stride + 1)
         ids.append(int(model(torch.tensor([ids[start:]]))[0].argmax()))
     assert made == ids
-    assert model.generate(torch.tensor([prompt]), 30, temperature=0, stride=1000).shape == (1, 39)
+    with pytest.raises(ValueError, match='stride=16 must be less than block_size=16'):
+        model.generate(torch.tensor([prompt]), 30, temperature=0, stride=16)
 
 
 @pytest.mark.parametrize('knobs', [dict(), dict(pos='alibi', n_kv_head=2), KNOBS[-1]])
@@ -290,10 +291,10 @@ def test_replayed_steps_make_the_same_texts(taped, knobs, options):
 
 @pytest.mark.parametrize('pos', ['learned', 'rotary'])
 def test_attention_reads_no_more_than_a_span_and_each_is_recorded_once(taped, pos):
-    model = random_model(pos=pos, block_size=1024)
-    want = texts(model, [[1, 2], [3]], 800, seed=1, cuda_graph=False)
-    assert texts(model, [[1, 2], [3]], 800, seed=1) == want
-    assert taped['record'] == 3 # 256, 512, and 832 columns
+    model = random_model(pos=pos, block_size=512)
+    want = texts(model, [[1, 2], [3]], 300, seed=1, cuda_graph=False)
+    assert texts(model, [[1, 2], [3]], 300, seed=1) == want
+    assert taped['record'] == 2 # for 256 and for 320 columns
 
 
 def test_tokens_beyond_a_stop_are_thrown_away(taped):
@@ -320,6 +321,22 @@ def test_a_chat_is_recorded_once(taped, pos):
         assert torch.cat(list(stream(model, [text], 8, seed=n, cache=ours))).equal(want)
         text += want.tolist()
     assert taped['record'] == 1
+
+
+@pytest.mark.parametrize('temperature', [1e-10, 1e-38, 1e-42, 1e-300])
+def test_a_tiny_temperature_takes_the_most_likely_token(temperature):
+    model = random_model()
+    greedy = texts(model, [[1, 2, 3]], 12, temperature=0)
+    assert texts(model, [[1, 2, 3]], 12, temperature=temperature, top_k=5) == greedy
+    assert texts(model, [[1, 2, 3]], 12, temperature=temperature) == greedy
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_logits_that_are_not_finite_are_an_error(value):
+    model = random_model()
+    model.lm_head.weight[3, 3] = value
+    with pytest.raises(FloatingPointError, match='the logits are not finite'):
+        texts(model, [[1, 2, 3]], 12, seed=1)
 
 
 def test_nothing_to_generate_is_nothing_generated():

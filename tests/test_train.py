@@ -44,7 +44,7 @@ def nanogpt_checkpoint(folder, prefix='_orig_mod.', **config):
 
 def test_a_run_learns_and_leaves_checkpoint_log_and_picture(trained):
     folder, out = trained
-    assert {'ckpt.pt', 'optimizer-10.pt', 'log.csv', 'loss.png', 'config.py'} == set(os.listdir(folder))
+    assert {'ckpt.pt', 'optimizer-10.pt', 'log.csv', 'loss.png', 'config.py', 'run.lock'} == set(os.listdir(folder))
     rows = read_log(folder / 'log.csv')
     assert [r['iter'] for r in rows if 'val_loss' in r] == [0, 5, 10]
     first, last = rows[0]['val_loss'], rows[-1]['val_loss']
