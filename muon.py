@@ -163,6 +163,8 @@ def set_rates(optimizer, lr, iteration):
     modded-nanogpt. In capturable groups they are tensors, written in place, which a CUDA graph of the step reads.
     """
     for group in optimizer.param_groups:
+        if not group['params']:
+            continue
         rates = {'lr': lr * group.get('lr_scale', 1.0)}
         if group.get('muon'):
             rates['momentum'] = min(1.0, (iteration + 1) / 300) * (0.95 - 0.85) + 0.85
