@@ -1,54 +1,37 @@
 """
-How fast is this machine, and how much of it do we use? Times the step of train.py, the generation of sample.py, the
-loader and the optimizers, each beside a ceiling that is measured on the spot.
+How fast is this machine, and how much of it do we use? Times the step of train.py, the generation
+of sample.py, the loader and the optimizers, each beside a ceiling that is measured on the spot.
 
-$ python bench.py config/train_shakespeare_char.py config/cpu.py                          # a training step, in parts
-$ python bench.py config/train_gpt2.py --real_data=False --compare=transformers           # in turn with that of GPT2LMHeadModel
-$ python bench.py config/train_gpt2.py --real_data=False --compare=../nanoGPT/model.py    # or with any model.py's, yesterday's for one
-$ python bench.py config/train_gpt2.py --compare="--pos=rotary --norm=rmsnorm"            # or with other knobs, each by itself
-$ python bench.py --mode=generate                                                         # GPT-2's size, random weights
-$ python bench.py --mode=data                                                             # batches
-$ python bench.py --mode=optimizer                                                        # AdamW and Muon, and torch's
-$ python bench.py config/train_gpt2.py --mode=growth --png=growth.png                     # what a token costs in longer data and contexts
-$ python bench.py config/train_gpt2.py --mode=project --tokens=2.4e9                      # on 8, 64 and 1024 GPUs: arithmetic, not measured
+$ python bench.py config/train_shakespeare_char.py config/cpu.py    # a training step, in parts
+$ python bench.py config/train_gpt2.py --real_data=False --compare=transformers    # in turn with it
+$ python bench.py config/train_gpt2.py --real_data=False --compare=../nanoGPT/model.py
+$ python bench.py config/train_gpt2.py --compare="--pos=rotary --norm=rmsnorm"    # or other knobs
+$ python bench.py --mode=generate    # text by GPT-2's size, random weights
+$ python bench.py --mode=data    # batches
+$ python bench.py --mode=optimizer    # AdamW and Muon, and torch's
+$ python bench.py --mode=report --json=report.json    # most of it in one table, minutes
 """
 
-from configurator import above, at_least, at_most, configure, fit, one_of, read_flag, read_knobs, writable
+from configurator import at_least, at_most, configure, fit, one_of, read_flag, read_knobs, writable
 
 # -----------------------------------------------------------------------------
 # what to time
-mode = 'train' # or 'generate', 'data', 'optimizer', 'growth', 'project'
+mode = 'train' # or 'generate', 'data', 'optimizer', 'report'
 steps = 20 # measured steps; the figures are medians over them
 warmup_steps = 5 # unmeasured ones before
 real_data = True # False: random tokens, so that nothing need be prepared
-compare = '' # in turn with ours: 'transformers' (its GPT-2), the path of a model.py, or --KNOB=VALUE of the network or optimizer; or several
+compare = '' # in turn: 'transformers', a path of a model.py, --KNOB=VALUE of network or optimizer
 json = '' # also write the figures into this file
-guards = False # True: also alternate steps with and without train.py's checks for bad gradients, signals, and its log
 profile = False # True: also write trace.json with torch's profiler, for chrome://tracing
 prompt_tokens = 16 # to generate: tokens that are there before
-new_tokens = 64 # to generate: tokens to make
-png = '' # growth: also draw it
-# to project
-gpus = [8, 64, 1024] # how many, 8 to a machine
-tokens = 10e9 # to train on
-tokens_per_iter = 524288.0 # of all GPUs together
-mfu = 0.4 # share of peak_tflops that a GPU computes at, as measured by the mode 'train'
-peak_tflops = 989.0 # of a GPU, in TFLOP/s: an H100's in bfloat16
-nvlink = 450.0 # GB/s that a GPU sends to others of its machine: an H100's
-network = 400.0 # GB/s that a machine sends to others: 8 cards of 400 Gbit/s
-gpu_hour = 2.5 # price of a GPU for an hour
+new_tokens = 0 # to generate: tokens to make, 0: 64, on a CUDA device 240
 # data
 dataset = 'openwebtext' # a folder of data/ that was prepared
 batch_size = 12 # sequences per step
-block_size = 1024 # tokens per sequence
 seed = 1337 # of weights and data
-# model
-n_layer = 12 # blocks
-n_head = 12 # attention heads per block
-n_embd = 768 # width
+# model: its sizes stand in model.py
 d_head: int | None = None # width of a head; two of n_head, n_embd, d_head give the third
 d_model: int | None = None # the same as n_embd
-dropout = 0.0 # costs time too
 bias = False # biases in Linears and LayerNorms
 gradient_checkpointing = False # True: recompute activations in backward
 loss_chunk = 0 # positions whose logits exist at a time, 0: all
@@ -58,19 +41,21 @@ optimizer = 'adamw' # or 'muon'
 device = 'auto' # 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto' # 'float32', 'bfloat16', 'float16', or 'fast': as 'auto', but bfloat16 on CPUs that multiply it faster
 compile: bool | str = 'auto' # torch.compile
+cuda_graph: bool | str = 'auto' # also time what is recorded as CUDA graphs; 'auto': where supported
 config, given = configure(globals(), model='model.py:GPTConfig', also=('train.py',)) # a training recipe tells the sizes
 
 # -----------------------------------------------------------------------------
 import importlib.util
 import itertools
 import os
+import re
 import shlex
+import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from functools import partial
-from json import dump
+from json import dump, load
 from statistics import median
 
 import numpy as np
@@ -78,28 +63,27 @@ import torch
 from torch.nn import functional as F
 
 import checkpoint as ckpt
+import generate
 import muon
 from data.loader import Loader
 from data.tokenizer import dataset_meta, model_vocab_size
-from device import DTYPES, autocast, memory_gb, peak_flops, resolve, tune
-from generate import stream
+from device import DTYPES, Recorder, autocast, can_record, memory_gb, peak_flops, resolve, tune
 from model import GPT, GPTConfig
 from ops import Linear, fast_dtype, pack
-from parallel import any_rank
-from runlog import RunLog
 
-at_least(config, 1, 'steps', 'prompt_tokens', 'new_tokens', 'batch_size', 'block_size')
-at_least(config, 0, 'warmup_steps', 'gpu_hour', 'loss_chunk', 'seed')
+at_least(config, 1, 'steps', 'prompt_tokens', 'batch_size', 'block_size')
+at_least(config, 0, 'warmup_steps', 'new_tokens', 'loss_chunk', 'seed')
 at_most(config, 2**63 - 1, 'seed')
-above(config, 0, 'tokens', 'tokens_per_iter', 'mfu', 'peak_tflops', 'nvlink', 'network')
-one_of(config, optimizer=('adamw', 'muon'), mode=('train', 'generate', 'data', 'optimizer', 'growth', 'project'))
-writable(config, 'json', 'png')
-if not all(type(n) is int and n > 0 for n in gpus):
-    raise ValueError(f'gpus={gpus} must be numbers of at least 1')
+one_of(config, optimizer=('adamw', 'muon'), mode='train generate data optimizer report'.split())
+writable(config, 'json')
 rivals = [compare] if os.path.exists(compare) else compare.split()
 device, dtype, compile = resolve(device, dtype, compile)
 kind = device.partition(':')[0] # 'cuda' of 'cuda:0'
+new_tokens = new_tokens or (240 if kind == 'cuda' else 64) # 256 columns, so one recording
 tune(device, lengths_vary=mode == 'generate')
+redraws = gradient_checkpointing and bool(dropout or attn_dropout) # dropout, in backward
+recorder = Recorder(mode in ('train', 'optimizer')
+                    and can_record(cuda_graph, device, dtype, False, redraws))
 if compile:
     torch._dynamo.config.recompile_limit = 64 # several networks, each compiled once
 torch.manual_seed(seed)
@@ -124,11 +108,13 @@ def seconds(run, *args):
     return clock() - t
 
 def in_turn(runs, rounds):
-    """Seconds that each of `runs` (a dict of functions) took, sorted, `rounds` times one after the other; one round before warms up."""
+    """Seconds each of `runs` (by name) took, sorted, in turn; rounds before warm up and record."""
     if sys.stdout.isatty(): # the next line stands in its place
         print('  measuring ...', end='\r', flush=True)
-    taken = [[seconds(run) for run in runs.values()] for _ in range(1 + rounds)]
-    return {name: sorted(each) for name, each in zip(runs, zip(*taken[1:]))}
+    taken = [[seconds(run) for run in runs.values()]
+             for _ in range(1 + Recorder.FIRST_CALLS * recorder.on + rounds)]
+    return {name: sorted(each) for name, each in zip(runs, zip(*taken[-rounds:]))
+            if recorder.on or 'CUDA graph' not in name} # a recording may fail
 
 def report(name, value, unit, note='', digits=2):
     """One line, and a figure of the json file."""
@@ -192,45 +178,52 @@ def transformers_gpt2():
     drop = dict.fromkeys(('resid_pdrop', 'embd_pdrop', 'attn_pdrop'), dropout)
     return GPT2LMHeadModel(GPT2Config(**sizes, **drop, bos_token_id=0, eos_token_id=None))
 
-class Trainer:
-    """A model and its optimizer; called with a batch (X, Y) it trains one step as train.py does."""
-
-    def __init__(self, model, optimizer, forward=None):
-        self.model, self.optimizer = model.to(device).train(), optimizer
-        forward = forward or (lambda model, X, Y: model(X, Y)[1])
-        self.forward = torch.compile(forward, dynamic=False) if compile else forward # whoever's network, its loss is compiled with it
-        self.scaler = torch.amp.GradScaler(enabled=dtype == 'float16')
-        self.bad_in_row, self.clipped = torch.zeros(2, device=device)
-
-    def __call__(self, X, Y, log=None, clock=lambda: 0.0):
-        """Seconds of forward, backward and optimizer by `clock`, by default without stopping for it; with `log` also train.py's guards."""
-        ticks = [clock()]
+def trainer(model, optimizer, forward=lambda model, X, Y: model(X, Y)[1], recorded=Recorder(False)):
+    """A function of a batch (X, Y) that takes a step in train.py's parts; forward: its loss."""
+    model.to(device).train()
+    loss_of = torch.compile(forward, dynamic=False) if compile else forward # whoever's network
+    scaler = torch.amp.GradScaler(enabled=dtype == 'float16')
+    loss_sum, grad_norm, bad, bad_in_row, clipped = torch.zeros(5, device=device).unbind()
+    if optimizer.defaults.get('fused'): # the others do not take it
+        optimizer.found_inf = bad
+    for group in optimizer.param_groups:
+        group['capturable'] = kind == 'cuda'
+    ticks = [] # a clock, then its times
+    @recorded
+    def add_gradients(X, Y):
         with ctx:
-            loss = self.forward(self.model, X, Y)
-            if log:
-                loss = loss * (1 + 0 * loss.detach())
+            loss = loss_of(model, X, Y)
+            loss = loss * (1 + 0 * loss.detach())
+        ticks.append(ticks[0]())
+        scaler.scale(loss).backward()
+        loss_sum.add_(loss.detach())
+    @recorded
+    def clip_gradients():
+        scaler.unscale_(optimizer)
+        grad_norm.copy_(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+        bad.copy_(~grad_norm.isfinite())
+        bad_in_row.add_(1).mul_(bad)
+        clipped.add_(grad_norm > 1.0)
+    @recorded
+    def step():
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=not recorded.on)
+    def train(X, Y, clock=lambda: 0.0):
+        """Seconds of forward, backward and optimizer by `clock`, by default without a stop."""
+        ticks[:] = clock, clock()
+        muon.set_rates(optimizer, 1e-4, 0)
+        loss_sum.zero_()
+        add_gradients(X, Y)
         ticks.append(clock())
-        self.scaler.scale(loss).backward()
+        clip_gradients()
+        step()
         ticks.append(clock())
-        self.scaler.unscale_(self.optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        if log:
-            bad = (~grad_norm.isfinite()).float()
-            self.bad_in_row, self.clipped = (self.bad_in_row + 1) * bad, self.clipped + (grad_norm > 1.0)
-            self.optimizer.found_inf = bad
-            any_rank(False)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        if log: # a row at every step
-            log.row(iter=0, tokens=0, loss=loss.item(), lr=1e-4, grad_norm=grad_norm.item(), clipped=self.clipped.item(),
-                    bad_steps=int(self.bad_in_row), tokens_per_second=0.0, memory_gb=memory_gb(device))
-            vars(self.optimizer).pop('found_inf', None) # the scaler of float16 takes it away itself
-        ticks.append(clock())
-        return [b - a for a, b in zip(ticks, ticks[1:])]
+        return [b - a for a, b in zip(ticks[1:], ticks[2:])]
+    return train
 
 def rival(compare):
-    """The Trainer that a word of `compare` names; what is not our network takes AdamW."""
+    """The trainer() that a word of `compare` names; what is not our network takes AdamW."""
     if compare.startswith('--'):
         networks = read_knobs(os.path.join(os.path.dirname(__file__), 'model.py:GPTConfig'))
         knobs = {'optimizer': read_knobs(__file__, globals())['optimizer'], **networks}
@@ -238,11 +231,11 @@ def rival(compare):
         others = {'optimizer': optimizer, name: fit(knobs[name], value, where)}
         one_of(others, optimizer=('adamw', 'muon'))
         model = make_model(**others)
-        return Trainer(model, make_optimizer(model, others['optimizer']))
+        return trainer(model, make_optimizer(model, others['optimizer']))
     if compare == 'transformers':
         model = transformers_gpt2()
         forward = lambda model, X, Y: F.cross_entropy(model(X, use_cache=False).logits.flatten(0, 1), Y.flatten())
-        return Trainer(model, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True), forward)
+        return trainer(model, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True), forward)
     if not (os.path.isfile(compare) and compare.endswith('.py')):
         raise ValueError(f"compare={compare!r} is neither 'transformers' nor the path of a model.py nor --KNOB=VALUE")
     ours = sys.modules.pop('ops') # what it imports lies beside it
@@ -256,7 +249,7 @@ def rival(compare):
         raise ValueError(f'compare={compare!r} has no GPT and GPTConfig')
     fields = getattr(module.GPTConfig, '__dataclass_fields__', {})
     model = module.GPT(module.GPTConfig(**{name: value for name, value in globals().items() if name in fields}))
-    return Trainer(model, make_optimizer(model, 'adamw'))
+    return trainer(model, make_optimizer(model, 'adamw'))
 
 def get_batches():
     """Endless training batches."""
@@ -272,7 +265,7 @@ def describe(model):
 def bench_train():
     batches = get_batches()
     model = make_model()
-    us = Trainer(model, make_optimizer(model))
+    us = trainer(model, make_optimizer(model))
     print(f'{describe(model)}; {batch_size} sequences of {block_size} tokens')
     report('first step', seconds(lambda: us(*next(batches))) * 1000, 'ms', 'compiles' if compile else '')
     for _ in range(warmup_steps):
@@ -283,33 +276,37 @@ def bench_train():
         batch = next(batches)
         parts.append([clock() - t, *us(*batch, clock=clock)])
     memory, graphs = memory_gb(device), compile and torch._dynamo.utils.counters['stats']['unique_graphs'] # before anybody else has some
-    runs = {'flatgpt': lambda: us(*next(batches))}
-    for name in rivals:
-        runs[name] = lambda them=rival(name): them(*next(batches))
-    taken = in_turn(runs, steps) # without a clock between the parts
-    dt = median(taken['flatgpt'])
-    for name, each in zip(('data', 'forward', 'backward', 'optimizer'), zip(*parts)):
-        report(name, median(each) * 1000, 'ms', f'{median(each) / sum(map(median, zip(*parts))):.1%}')
-    report('step', dt * 1000, 'ms', spread(taken['flatgpt']))
-    report('speed', batch_size * block_size / dt, 'tokens/s', digits=0)
+    runs = {'step': us}
+    if recorder.on:
+        twin = make_model()
+        runs['step, CUDA graph'] = trainer(twin, make_optimizer(twin), recorded=recorder)
+    runs.update({name: rival(name) for name in rivals})
+    turns = {name: lambda run=run: run(*next(batches)) for name, run in runs.items()}
+    taken = in_turn(turns, steps) # without a clock between the parts
+    medians = {name: median(each) for name, each in taken.items()}
+    ours = [name for name in medians if name not in rivals]
+    fastest = min(ours, key=medians.get)
+    dt, middle = medians[fastest], list(map(median, zip(*parts)))
+    for name, each in zip(('data', 'forward', 'backward', 'optimizer'), middle):
+        report(name, each * 1000, 'ms', f'{each / sum(middle):.1%}')
+    for name in ours:
+        ratio = '' if name == 'step' else f'; {medians[name] / medians["step"]:.2f} of the step'
+        report(name, medians[name] * 1000, 'ms', spread(taken[name]) + ratio)
+    report('speed', batch_size * block_size / dt, 'tokens/s', fastest, digits=0)
     flops, ceiling = model.flops_per_token() * batch_size * block_size / dt, matmul_ceiling()
-    report('share of a matmul', flops / ceiling * 100, '%', f'of large matrices, on this machine now: {ceiling / 1e12:.3f} TFLOP/s', 1)
-    if peak_flops(device, dtype):
-        report('MFU', flops / peak_flops(device, dtype) * 100, '%', f'data sheet: {peak_flops(device, dtype) / 1e12:.0f} TFLOP/s', 1)
+    note = f'of large matrices, on this machine now: {ceiling / 1e12:.3f} TFLOP/s'
+    report('share of a matmul', flops / ceiling * 100, '%', note, 1)
+    if peak := peak_flops(device, dtype):
+        report('MFU', flops / peak * 100, '%', f'data sheet: {peak / 1e12:.0f} TFLOP/s', 1)
     if memory:
         report('memory', memory, 'GB', 'now' if kind == 'mps' else 'at most')
     if compile:
         report('graphs compiled', graphs, '', digits=0)
     for name in rivals:
-        report(f'{name}: step', median(taken[name]) * 1000, 'ms', spread(taken[name]))
-        report('its time over ours' if name == compare else f'{name}: over ours', median(taken[name]) / dt, 'times')
-    if guards:
-        with tempfile.TemporaryDirectory() as folder:
-            log = RunLog(folder, config, quiet=False)
-            log.bar.disable = True
-            both = {'plain': lambda: us(*next(batches)), 'guarded': lambda: us(*next(batches), log=log)}
-            plain, guarded = map(median, in_turn(both, steps).values())
-        report('guards', (guarded - plain) * 1000, 'ms', f'{guarded / plain - 1:+.2%} of {plain * 1000:.2f} ms, medians of {steps} steps in turn')
+        report(f'{name}: step', medians[name] * 1000, 'ms', spread(taken[name]))
+        over = 'its time over ours' if name == compare else f'{name}: over ours'
+        note = '' if fastest == 'step' else f'{medians[name] / dt:.2f} over our {fastest}'
+        report(over, medians[name] / medians['step'], 'times', note)
     if profile:
         with torch.profiler.profile() as trace:
             us(*next(batches))
@@ -319,43 +316,45 @@ def bench_train():
         print('wrote trace.json; open it in chrome://tracing or ui.perfetto.dev')
 
 def bench_generate():
-    """Every token reads all weights once, so the speed of a matrix times a vector is the ceiling."""
+    """Every token reads all weights once: the ceiling is the speed of a matrix times a vector."""
     if prompt_tokens + new_tokens > block_size:
-        raise ValueError(f'prompt_tokens={prompt_tokens} and new_tokens={new_tokens} do not fit block_size={block_size}')
+        raise ValueError(f'{prompt_tokens=} and {new_tokens=} do not fit block_size={block_size}')
     if compare not in ('', 'transformers'):
         raise ValueError(f"compare={compare!r}: generation is compared with 'transformers'")
-    models = {'plain': make_model().to(device, DTYPES[dtype]).eval()}
-    if device == 'cpu': # as sample.py does
-        for rows in (1, 16):
-            models[rows] = make_model().to(DTYPES[dtype]).eval()
-            pack(models[rows], rows)
-        models['int8'] = make_model().bfloat16().eval()
-        pack(models['int8'], int8=True)
-    prompt, num_params = torch.randint(vocab_size, (1, prompt_tokens), device=device), models['plain'].get_num_params()
-    def made(B, name=None, **options):
-        return list(stream(models.get(name or B, models['plain']), prompt.tolist(), new_tokens, range(B), temperature=0, **options))
-    runs = {'flatgpt, batch 1': lambda: made(1), 'flatgpt, batch 16': lambda: made(16)}
-    if device == 'cpu':
-        runs['flatgpt, int8, batch 1'] = lambda: made(1, 'int8')
-    if compile:
-        step = torch.compile(models['plain'], dynamic=False, mode='reduce-overhead' if kind == 'cuda' else None)
-        runs.update({f'flatgpt, compiled, batch {B}': partial(made, B, 'plain', compiled=step) for B in (1, 16)})
-
+    plain = make_model().to(device, DTYPES[dtype]).eval()
+    prompt = torch.randint(vocab_size, (1, prompt_tokens), device=device)
+    def made(model, B, **how):
+        list(generate.stream(model, prompt.tolist(), new_tokens, range(B), temperature=0, **how))
     @torch.inference_mode()
     def recompute():
         ids = prompt
         for _ in range(new_tokens):
-            ids = torch.cat([ids, models['plain'](ids[:, -block_size:])[0][:, -1].argmax(-1, keepdim=True)], dim=1)
-
+            ids = torch.cat([ids, plain(ids)[0][:, -1].argmax(-1, keepdim=True)], dim=1)
+    graph = cuda_graph is not False and generate.can_record(torch.device(device))
+    ways = {'': graph, 'no graph, ': False} if graph else {'': False}
+    models = {B: make_model().to(device, DTYPES[dtype]).eval() for B in (1, 16)}
+    runs = {}
+    for (name, on), B in itertools.product(ways.items(), models):
+        runs[f'flatgpt, {name}batch {B}'] = partial(made, models[B], B, cuda_graph=on)
+        if compile:
+            how = dict(cuda_graph=on, compiled=torch.compile(plain, dynamic=False))
+            runs[f'flatgpt, compiled, {name}batch {B}'] = partial(made, plain, B, **how)
+    if device == 'cpu': # as sample.py does
+        for B, model in models.items():
+            pack(model, B)
+        int8 = make_model().bfloat16().eval()
+        pack(int8, int8=True)
+        runs['flatgpt, int8, batch 1'] = partial(made, int8, 1)
     runs['recomputing the context, batch 1'] = recompute
     if compare:
         other = transformers_gpt2().to(device, DTYPES[dtype]).eval()
-        runs['transformers, batch 1'] = lambda: other.generate(prompt, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
+        how = dict(max_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
+        runs['transformers, batch 1'] = lambda: other.generate(prompt, **how)
     bandwidths = []
     taken = in_turn({'': lambda: bandwidths.append(matvec_ceiling()), **runs}, steps)
-    read = num_params * DTYPES[dtype].itemsize
+    read = plain.get_num_params() * DTYPES[dtype].itemsize
     own, best = map(median, zip(*bandwidths[1:]))
-    print(f'{describe(models["plain"])}; {prompt_tokens} tokens of prompt, {new_tokens} new ones')
+    print(f'{describe(plain)}; {prompt_tokens} tokens of prompt, {new_tokens} new ones')
     note = f'a matrix times a vector: {best / 1e9:.1f} GB/s; by torch.mv {own / 1e9:.1f} GB/s, {own / read:.1f} tokens/s'
     report('ceiling of batch 1', best / read, 'tokens/s', note, 1)
     for name in runs:
@@ -396,115 +395,116 @@ def bench_data(number=500):
 def bench_optimizer():
     """AdamW reads four numbers of each parameter and writes three; Muon multiplies matrices."""
     model = make_model().to(device)
-    params, matrices = list(model.parameters()), [p for name, p in model.named_parameters() if '.h.' in name and p.dim() == 2]
-    rows = {'AdamW, fused': (params, make_optimizer(model, 'adamw')), "AdamW, torch's default": (params, torch.optim.AdamW(params)),
-            'Muon, matrices of the blocks': (matrices, muon.Muon([dict(params=matrices, muon=True, momentum=0.95, steps=0)], fused=False)),
-            'torch.optim.Muon': (matrices, torch.optim.Muon(matrices)),
-            'torch.optim.Muon, four steps as ours': (matrices, torch.optim.Muon(matrices, ns_steps=4))}
-    grads = {p: torch.randn_like(p) for p in params}
-    taken = {name: [] for name in rows}
-    for i in range(warmup_steps + steps):
-        for name, (mine, each) in rows.items():
-            for p in mine:
-                p.grad = grads[p].clone()
-            taken[name].append(seconds(each.step))
-            each.zero_grad()
-    taken = {name: each[warmup_steps:] for name, each in taken.items()}
+    params = list(model.parameters())
+    matrices = [p for name, p in model.named_parameters() if '.h.' in name and p.dim() == 2]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    def muons(recorder):
+        """Muon's step as train.py takes it."""
+        ours = muon.Muon([dict(params=matrices, muon=True, momentum=0.95)], fused=False)
+        ours.param_groups[0]['capturable'] = kind == 'cuda'
+        ours.found_inf = torch.zeros((), device=device)
+        recorded = recorder(ours.step)
+        return lambda: (muon.set_rates(ours, 0.02, 0), recorded())
+    runs = {'AdamW, fused': make_optimizer(model, 'adamw').step,
+            "AdamW, torch's default": torch.optim.AdamW(params).step,
+            'Muon, matrices of the blocks': muons(Recorder(on=False)),
+            'torch.optim.Muon': torch.optim.Muon(matrices).step,
+            'torch.optim.Muon, four steps as ours': torch.optim.Muon(matrices, ns_steps=4).step}
+    if recorder.on:
+        runs['Muon, CUDA graph'] = muons(recorder)
+    taken = in_turn(runs, steps)
     memory, products = copy_ceiling(), matmul_ceiling(fast_dtype(device))
-    print(f'{describe(model)}, {sum(p.numel() for p in matrices) / 1e6:.2f}M of them in matrices of the blocks')
+    total, in_blocks = (sum(p.numel() for p in each) for each in (params, matrices))
+    print(f'{describe(model)}, {in_blocks / 1e6:.2f}M of them in matrices of the blocks')
     flops = 0
     for p in matrices: # queries, keys and values are three matrices in one
         n = 3 if p.size(0) == 3 * p.size(1) else 1
         small, large = sorted((p.size(0) // n, p.size(1)))
         flops += 4 * n * (4 * small * small * large + 2 * small**3) # four steps
     for name, each in taken.items():
-        share = (f'{28 * sum(p.numel() for p in params) / median(each) / memory:.0%} of copying, {memory / 1e9:.1f} GB/s' if 'AdamW' in name
-                 else f'{flops / median(each) / products:.0%} of a matmul, {products / 1e12:.3f} TFLOP/s' if name.startswith('Muon')
-                 else 'queries, keys and values as one matrix' if 'Muon' in name else '')
-        report(name, median(each) * 1000, 'ms', f'{spread(each)}; {share}'.rstrip('; '))
+        share = 'queries, keys and values as one matrix'
+        if name.startswith('AdamW'):
+            share = f'{28 * total / median(each) / memory:.0%} of copying, {memory / 1e9:.1f} GB/s'
+        elif name.startswith('Muon'):
+            rate = flops / median(each) / products
+            share = f'{rate:.0%} of a matmul, {products / 1e12:.3f} TFLOP/s'
+        report(name, median(each) * 1000, 'ms', f'{spread(each)}; {share}')
 
-def bench_growth():
-    """What a token costs as the data grows, and as the context does, attention's own share of the work taken out."""
-    global block_size, batch_size
-    most = max(4096, batch_size * block_size)
+# -----------------------------------------------------------------------------
+CHAR = 'config/train_shakespeare_char.py --vocab_size=65'
+BATTERY = { # of the report
+    '10.65M': f'{CHAR} --compile=False',
+    '10.65M compiled': f'{CHAR} --compile=True',
+    '10.65M modern short': f'{CHAR} config/modern.py config/short.py --compile=False',
+    '10.65M modern short compiled': f'{CHAR} config/modern.py config/short.py --compile=True',
+    '124M compiled': 'config/train_gpt2.py --batch_size=32 --compile=True',
+    '124M modern compiled':
+        'config/train_gpt2.py config/modern.py --batch_size=32 --n_head=6 --compile=True',
+    'text by 124M': '--mode=generate --steps=3',
+    'optimizers of 124M': '--mode=optimizer',
+    'batches': '--mode=data --steps=5',
+}
+ON_CPU = '--steps=3 --warmup_steps=1 --batch_size=8 --new_tokens=16'
+NOT_IN_TABLE = 'first step', 'data', 'forward', 'backward', 'optimizer', 'graphs compiled'
+
+def bench_report():
+    """A battery of commands as one table; further words of the command line are handed to all."""
+    own = '--mode=', '--json=', '--compare='
+    further = [word for word in sys.argv[1:] if not word.startswith(own)]
+    if kind == 'cpu':
+        print(f'on a CPU: {ON_CPU}; no compiler, no training and optimizers of 124M')
+        further = ON_CPU.split() + further
+    if 'transformers' in rivals and not importlib.util.find_spec('transformers'):
+        print('transformers is not installed: left out')
+        rivals.remove('transformers')
+    rows = [('what', 'figure', 'unit', 'note', 'command'), ('---', '---:', '---', '---', '---')]
+    for what, flags in BATTERY.items():
+        if kind == 'cpu' and re.search('compiled|optimizers', what):
+            continue
+        takes = rivals if 'train_' in flags and 'modern' not in flags else []
+        if 'generate' in flags:
+            takes = [name for name in rivals if name == 'transformers']
+        words = [*flags.split(), '--real_data=False', *further]
+        words += [f'--compare={" ".join(takes)}'] if takes else []
+        told, command = run_command(what, words), shlex.join(['python', 'bench.py', *words])
+        figures.update({f'{what}: {name}': {**told[name], 'command': command} for name in told})
+        for i, name in enumerate(name for name in told if name not in NOT_IN_TABLE):
+            value, unit, note = told[name].values()
+            told_value = f'{value:,.0f}' if value >= 1000 else f'{value:.2f}'
+            rows.append((f'{what}: {name}', told_value, unit, note, '' if i else f'`{command}`'))
+    git = f'git -C {shlex.quote(sys.path[0])} rev-parse --short HEAD 2>{os.devnull}'
+    print(f'\n{machine()}, torch {torch.__version__}, commit {subprocess.getoutput(git)}\n')
+    print('\n'.join(f'| {" | ".join(row)} |' for row in rows))
+
+def run_command(what, words):
+    """The figures of a command of this script, run as a process of its own."""
+    print(f'  {what} ...', flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        model = make_model()
-        us = Trainer(model, make_optimizer(model))
-        loaders = {}
-        for size in (10**6, 10**7, 10**8, 10**9):
-            os.makedirs(os.path.join(folder, str(size)))
-            path = os.path.join(folder, str(size), 'train.bin')
-            with open(path, 'wb') as f:
-                f.truncate(2 * size) # zeros that take no space on disk
-            loaders[f'{size // 10**6:,}M tokens'] = Loader(path, block_size, batch_size, vocab_size, seed).train_batches(itertools.count(), device)
-        print(f'{describe(model)}; a step of {batch_size} sequences of {block_size} tokens, by the length of the data (zeros, which no disk holds)')
-        taken = in_turn({name: lambda batches=batches: us(*next(batches)) for name, batches in loaders.items()}, steps)
-        for name, each in taken.items():
-            note = f'{median(each) / median(taken["1M tokens"]):.3f} of the first, {spread(each)} ms'
-            report(name, median(each) / batch_size / block_size * 1e6, 'us/token', note)
-        by_data = [figures[name]['value'] for name in taken]
-        loaders.clear()
-    print(f'the same, {most} tokens a step, by the length of the context')
-    taken, flops = {}, {}
-    for T in (256, 512, 1024, 2048, 4096):
-        block_size, batch_size = T, most // T
-        model = make_model()
-        us, (X, Y) = Trainer(model, make_optimizer(model)), torch.randint(vocab_size, (2, batch_size, T), device=device)
-        taken[T], flops[T] = in_turn({'': lambda: us(X, Y)}, steps)[''], model.flops_per_token()
-        per_token = median(taken[T]) / batch_size / T
-        rate, first = per_token / flops[T], median(taken[256]) / (most // 256 * 256) / flops[256]
-        note = f'{flops[T] / flops[256]:.2f} of the work, {rate / first:.2f} of the time for it, {spread(taken[T])} ms'
-        report(f'T = {T}', per_token * 1e6, 'us/token', note)
-    if png:
-        import matplotlib
-        matplotlib.use('Agg')
-        import matplotlib.pyplot as plt
-        figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout='constrained')
-        axes[0].plot([1e6, 1e7, 1e8, 1e9], by_data, marker='.')
-        axes[1].plot(list(taken), [figures[f'T = {T}']['value'] for T in taken], marker='.', label='measured')
-        axes[1].plot(list(taken), [figures['T = 256']['value'] * flops[T] / flops[256] for T in taken], linestyle='--', label='as the work grows')
-        for axis, label in zip(axes, ('tokens of data', 'tokens of context')):
-            axis.set(xscale='log', xlabel=label, ylim=(0, 1.1 * axis.dataLim.y1)) # from zero: a share is to be seen as one
-            axis.grid(alpha=0.3)
-        axes[0].set_ylabel(f'microseconds a token ({device}, {dtype})')
-        axes[1].set_xticks(list(taken), list(taken))
-        axes[1].minorticks_off()
-        axes[1].legend()
-        figure.savefig(png, dpi=110)
-        print(f'wrote {png}')
+        path = os.path.join(folder, 'figures.json')
+        with open(f'{path}.out', 'w+', errors='replace') as f: # what it starts could hold a pipe
+            try:
+                subprocess.run([sys.executable, __file__, *words, f'--json={path}'],
+                               stdout=f, stderr=f, timeout=180, check=True)
+            except subprocess.SubprocessError as e:
+                f.seek(0)
+                print(f'  {what}: {type(e).__name__}, {["no word", *f.read().splitlines()][-1]}')
+                return {}
+        with open(path, encoding='utf-8') as f:
+            return load(f)['figures']
 
-def project():
-    """Time and price of a training run on many GPUs, from the work, the share of the peak and the links; nothing is measured."""
-    with torch.device('meta'):
-        model = make_model()
-    per_token, num_params = model.flops_per_token(), sum(p.numel() for p in model.parameters())
-    iterations = tokens / tokens_per_iter
-    shapes = Counter(p.shape for name, p in model.named_parameters() if '.h.' in name and p.dim() == 2) # of Muon's matrices
-    print(f'{num_params / 1e6:.1f}M parameters; {per_token / 1e6:,.0f} MFLOP a token x {tokens / 1e9:g} billion tokens = '
-          f'{per_token * tokens:.2e} FLOP\n'
-          f'{iterations:,.0f} iterations of {tokens_per_iter:,.0f} tokens, at {mfu:.0%} of {peak_tflops:g} TFLOP/s a GPU\n'
-          f'gradients: {4 * num_params / 1e9:.2f} GB in float32; they travel 2 (n - 1) / n times, at {nvlink:g} GB/s within a machine of 8, '
-          f'{min(nvlink, network):g} GB/s between' + '; after them Muon\'s matrices, in 16 bits' * (optimizer == 'muon') + '\n')
-    print(f'  {"GPUs":>6} {"tokens a GPU":>13} {"compute":>10} {"exchange":>10} {"of compute":>11} {"iteration":>10} {"whole run":>11} {"price":>9}')
-    for n in gpus:
-        compute = per_token * tokens_per_iter / n / (mfu * peak_tflops * 1e12)
-        link = (nvlink if n <= 8 else min(nvlink, network)) * 1e9
-        exchange = 2 * (n - 1) / n * 4 * num_params / link
-        iteration = max(compute, compute / 3 + exchange) # DDP exchanges while backward, two thirds of the compute, still runs
-        if optimizer == 'muon': # then each rank's share of the matrices goes to all, see orthogonalize_together()
-            sent = sum(2 * shape.numel() * (2 * (n - 1) / n * count if count < n else (n - 1) * -(-count // n)) for shape, count in shapes.items())
-            exchange, iteration = exchange + sent / link, iteration + sent / link
-        hours = iterations * iteration / 3600
-        print(f'  {n:>6,} {tokens_per_iter / n:>13,.0f} {compute * 1000:>7,.1f} ms {exchange * 1000:>7,.1f} ms {exchange / compute:>11.1%} '
-              f'{iteration * 1000:>7,.1f} ms {hours * 60:>7,.1f} min {hours * n * gpu_hour:>9,.0f}')
-        figures[f'{n} GPUs'] = {'value': hours, 'unit': 'hours', 'note': f'{exchange / compute:.1%} of the compute is exchanged'}
-    print('\nof one micro-batch each; what does not hide behind backward, two thirds of the compute, adds to the iteration; latencies are left out')
+def machine():
+    """The name of the GPU, or of the CPU and how many threads are used of it."""
+    if kind == 'cuda':
+        return torch.cuda.get_device_name(device)
+    found = re.search('Model name: *(.*)', subprocess.getoutput('lscpu'))
+    return f'{found[1] if found else "CPU"}, {torch.get_num_threads()} threads'
 
 {'train': bench_train, 'generate': bench_generate, 'data': bench_data,
- 'optimizer': bench_optimizer, 'growth': bench_growth, 'project': project}[mode]()
+ 'optimizer': bench_optimizer, 'report': bench_report}[mode]()
 if json:
-    machine = torch.cuda.get_device_name(device) if kind == 'cuda' else f'{torch.get_num_threads()} threads'
     with open(json, 'w', encoding='utf-8') as f:
-        dump(dict(command=shlex.join(['python', *sys.argv]), device=device, machine=machine, dtype=dtype, compiled=compile,
-                  torch=torch.__version__, knobs=config, figures=figures), f, indent=1)
+        dump(dict(command=shlex.join(['python', *sys.argv]), device=device, machine=machine(),
+                  dtype=dtype, compiled=compile, torch=torch.__version__, knobs=config,
+                  figures=figures), f, indent=1)
     print(f'wrote {json}')

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 
@@ -30,13 +31,9 @@ def test_a_recipe_tells_the_sizes(project):
 
 def test_a_recipe_may_give_the_width_of_a_head(project):
     (project.path / 'config/wide.py').write_text('d_model = 256\nd_head = 64\n')
-    assert '22.6M parameters' in project.run('bench.py', 'config/wide.py', '--mode=project').stdout
-
-
-def test_muons_matrices_travel_too(project):
-    share = lambda *flags: [float(line.split()[6].rstrip('%')) for line in project.run('bench.py', '--mode=project', *flags).stdout.splitlines()
-                            if ' min ' in line]
-    assert all(a < b < 2 * a for a, b in zip(share(), share('--optimizer=muon'))) # 170 MB beside 500 MB of gradients
+    small = '--n_layer=1', '--vocab_size=50', '--block_size=16', '--steps=1', '--warmup_steps=0'
+    command = 'config/wide.py', *small, '--device=cpu', '--compile=False', '--real_data=False'
+    assert '0.80M parameters' in project.run('bench.py', *command).stdout
 
 
 def test_a_missing_dataset_is_one_line(project):
@@ -76,7 +73,7 @@ def test_a_rival_that_is_not_there_is_one_line(project):
 
 
 def test_figures_that_could_not_be_written_are_refused_before_they_are_measured(project):
-    for flag in ('--json=nowhere/figures.json', '--json=data', '--png=nowhere/growth.png'):
+    for flag in ('--json=nowhere/figures.json', '--json=data'):
         assert 'must be a file in a folder that is there' in project.error('bench.py', *SMALL, flag)
 
 
@@ -86,18 +83,130 @@ def test_batches_are_timed_beside_the_simplest_loader(project):
         assert 'a window at a time' in out and 'of copying' in out
 
 
-def test_growth_is_told_by_data_and_by_context_and_drawn(project):
-    out = project.run('bench.py', *SMALL, '--mode=growth', '--vocab_size=50', '--steps=1', '--n_embd=4', '--png=growth.png').stdout
-    assert '1,000M tokens' in out and 'T = 4096' in out and (project.path / 'growth.png').stat().st_size > 10_000
+# runs bench.py with what is recorded on a GPU taped on the CPU
+TAPED = """
+import runpy, sys
+sys.path.insert(0, {tests!r})
+import tape, device, generate
+tape.install()
+{more}
+device.can_record = lambda *args: True
+generate.can_record = lambda device: True
+sys.path.insert(0, '.')
+sys.argv = ['bench.py', *sys.argv[1:]]
+runpy.run_path('bench.py', run_name='__main__')
+"""
 
 
-def test_a_projection_is_its_own_arithmetic(project):
-    project.run('bench.py', '--mode=project', '--tokens=2.4e9', '--gpus=[8]', '--json=p.json')
-    hours = json.loads((project.path / 'p.json').read_text())['figures']['8 GPUs']['value']
-    params = 50304 * 768 + 12 * (12 * 768**2 + 2 * 768) + 768 # without positions
-    flops = 6 * params + 12 * 12 * 768 * 1024
-    assert hours == pytest.approx(flops * 2.4e9 / (8 * 0.4 * 989e12) / 3600)
-    many = project.run('bench.py', '--mode=project', '--gpus=[8, 1024]').stdout
-    assert ' 1,024 ' in many
-    assert 'gpus=[0] must be' in project.error('bench.py', '--mode=project', '--gpus=[0]')
-    assert 'mfu=0.0 must be more than 0' in project.error('bench.py', '--mode=project', '--mfu=0')
+def taped(project, *flags, more=''):
+    script = TAPED.format(tests=str(Path(__file__).parent), more=more)
+    (project.path / 'taped.py').write_text(script)
+    return project.run('taped.py', *SMALL, *flags, '--json=taped.json').stdout, figures(project)
+
+
+def figures(project):
+    return json.loads((project.path / 'taped.json').read_text())['figures']
+
+
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+def test_a_step_is_timed_as_a_graph_beside_the_plain_one(project, optimizer):
+    flags = '--real_data=False', f'--optimizer={optimizer}', '--compare=model.py'
+    out, told = taped(project, *flags)
+    assert 'could not be recorded' not in out
+    step, graph = (told[name]['value'] for name in ('step', 'step, CUDA graph'))
+    assert f'{graph / step:.2f} of the step' in told['step, CUDA graph']['note']
+    assert told['speed']['value'] == pytest.approx(2 * 16 / min(step, graph) * 1000)
+    over = told['model.py: step']['value'] / step
+    assert told['its time over ours']['value'] == pytest.approx(over)
+
+
+def test_what_could_not_be_recorded_is_not_timed(project):
+    fails = 'def record(*args): raise RuntimeError("no room")\ndevice.Recorder.record = record'
+    out, told = taped(project, '--real_data=False', more=fails)
+    assert 'could not be recorded as a CUDA graph and runs without: no room' in out
+    assert 'step' in told and 'step, CUDA graph' not in told
+    assert 'Muon, CUDA graph' not in taped(project, '--mode=optimizer', more=fails)[1]
+
+
+def test_text_is_timed_by_graph_and_without(project):
+    sizes = '--mode=generate', '--new_tokens=8', '--prompt_tokens=4', '--vocab_size=100'
+    out, told = taped(project, *sizes)
+    for B in (1, 16):
+        assert {f'flatgpt, batch {B}', f'flatgpt, no graph, batch {B}'} <= {*told}
+    assert 'of the ceiling' in told['flatgpt, batch 1']['note'] and 'could not' not in out
+    assert 'flatgpt, no graph, batch 1' not in taped(project, *sizes, '--cuda_graph=False')[1]
+
+
+def test_muons_step_is_timed_as_a_graph(project):
+    out, told = taped(project, '--mode=optimizer')
+    assert 'could not' not in out and 'of a matmul' in told['Muon, CUDA graph']['note']
+
+
+def test_a_graph_is_refused_where_there_is_no_gpu(project):
+    assert 'only on a CUDA device' in project.error('bench.py', *SMALL, '--cuda_graph=True')
+
+
+
+# stands in for the processes that a report starts
+PRETEND = """
+import json, runpy, subprocess, sys
+real = subprocess.run
+def run(command, *args, **kwargs):
+    if isinstance(command, str): # of machine() and git
+        return real(command, *args, **kwargs)
+    stdout = kwargs['stdout']
+    words = ' '.join(command[2:])
+    print('RAN', words)
+    if 'modern' in words:
+        stdout.write('Traceback\\nerror: out of memory\\n')
+        stdout.flush()
+        raise subprocess.CalledProcessError(1, command)
+    if 'mode=data' in words:
+        raise subprocess.TimeoutExpired(command, kwargs['timeout'])
+    figures = {'first step': dict(value=1.0, unit='ms', note=''),
+               'step': dict(value=1.5, unit='ms', note='median'),
+               'speed': dict(value=12345.6, unit='tokens/s', note='')}
+    path = next(word for word in command if word.startswith('--json=')).partition('=')[2]
+    with open(path, 'w') as f:
+        json.dump({'figures': figures}, f)
+subprocess.run = run
+sys.path.insert(0, '.')
+sys.argv = ['bench.py', *sys.argv[1:]]
+runpy.run_path('bench.py', run_name='__main__')
+"""
+
+
+def test_a_report_is_one_table_and_what_fails_is_one_line(project):
+    (project.path / 'pretend.py').write_text(PRETEND)
+    (project.path / 'old_model.py').write_text((project.path / 'model.py').read_text())
+    flags = '--mode=report', '--device=cpu', '--json=taped.json', '--n_embd=48'
+    out = project.run('pretend.py', *flags, '--compare=old_model.py transformers').stdout
+    lines = out.splitlines()
+    assert [line for line in lines if 'CalledProcessError' in line] == [
+        '  10.65M modern short: CalledProcessError, error: out of memory']
+    assert sum('TimeoutExpired' in line for line in lines) == 1
+    ran = [line for line in lines if line.startswith('RAN')]
+    assert len(ran) == 4 and all('--n_embd=48' in line and '--steps=3' in line for line in ran)
+    assert [line.partition('--compare=')[2].partition(' --json')[0] for line in ran] == [
+        'old_model.py transformers', '', 'transformers', '']
+    table = [line for line in lines if line.startswith('|')]
+    assert table[0] == '| what | figure | unit | note | command |'
+    assert len(table) == 2 + 2 * 2 and all(line.count('|') == 6 for line in table)
+    assert table[2].startswith('| 10.65M: step | 1.50 | ms | median | `python bench.py config/')
+    assert table[3] == '| 10.65M: speed | 12,346 | tokens/s |  |  |'
+    heading = lines[lines.index(table[0]) - 2]
+    assert 'threads, torch ' in heading and ', commit' in heading
+    told = figures(project)
+    assert '--mode=generate' in told['text by 124M: first step']['command']
+
+
+def test_a_command_of_a_report_is_a_process_of_its_own(project):
+    small = '--n_layer=1', '--n_head=1', '--n_embd=8', '--block_size=32', '--vocab_size=50'
+    report = '--mode=report', '--device=cpu', '--json=taped.json'
+    flags = *report, *small, '--batch_size=2', '--prompt_tokens=4', '--steps=1'
+    out = project.run('bench.py', *flags).stdout
+    assert 'Error' not in out and 'ceiling of batch 1' in out
+    told = figures(project)
+    for name in ('10.65M: step', '10.65M modern short: step', 'text by 124M: flatgpt, batch 16',
+                 'batches: flatgpt'):
+        assert '--n_embd=8' in told[name]['command']
