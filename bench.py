@@ -12,7 +12,7 @@ $ python bench.py --mode=optimizer    # AdamW and Muon, and torch's
 $ python bench.py --mode=report --json=report.json    # most of it in one table, minutes
 """
 
-from configurator import at_least, at_most, configure, fit, one_of, read_flag, read_knobs, writable
+from configurator import check, configure, fit, read_flag, read_knobs, writable
 
 # -----------------------------------------------------------------------------
 # what to time
@@ -66,15 +66,16 @@ import checkpoint as ckpt
 import generate
 import muon
 from data.loader import Loader
-from data.tokenizer import dataset_meta, model_vocab_size
+from data.tokenizer import dataset_dir, dataset_meta, model_vocab_size
 from device import DTYPES, Recorder, autocast, can_record, memory_gb, peak_flops, resolve, tune
 from model import GPT, GPTConfig
 from ops import Linear, fast_dtype, pack
 
-at_least(config, 1, 'steps', 'prompt_tokens', 'batch_size', 'block_size')
-at_least(config, 0, 'warmup_steps', 'new_tokens', 'loss_chunk', 'seed')
-at_most(config, 2**63 - 1, 'seed')
-one_of(config, optimizer=('adamw', 'muon'), mode='train generate data optimizer report'.split())
+check(config, 'steps prompt_tokens batch_size block_size', least=1)
+check(config, 'warmup_steps new_tokens loss_chunk', least=0)
+check(config, 'seed', least=0, most=2**63 - 1)
+check(config, 'optimizer', choices=('adamw', 'muon'))
+check(config, 'mode', choices=('train', 'generate', 'data', 'optimizer', 'report'))
 writable(config, 'json')
 rivals = [compare] if os.path.exists(compare) else compare.split()
 device, dtype, compile = resolve(device, dtype, compile)
@@ -88,7 +89,7 @@ if compile:
     torch._dynamo.config.recompile_limit = 64 # several networks, each compiled once
 torch.manual_seed(seed)
 ctx = autocast(device, dtype)
-data_dir = os.path.join('data', dataset)
+data_dir = dataset_dir(dataset)
 if real_data and 'vocab_size' not in given:
     vocab_size = config['vocab_size'] = model_vocab_size(dataset_meta(data_dir))
 n_head, n_embd = ckpt.resolve_sizes(ckpt.asked_sizes(config, given), default=(n_head, n_embd))
@@ -229,7 +230,7 @@ def rival(compare):
         knobs = {'optimizer': read_knobs(__file__, globals())['optimizer'], **networks}
         (name, (value, where)), = read_flag(compare, knobs).items()
         others = {'optimizer': optimizer, name: fit(knobs[name], value, where)}
-        one_of(others, optimizer=('adamw', 'muon'))
+        check(others, 'optimizer', choices=('adamw', 'muon'))
         model = make_model(**others)
         return trainer(model, make_optimizer(model, others['optimizer']))
     if compare == 'transformers':
@@ -335,9 +336,9 @@ def bench_generate():
     models = {B: make_model().to(device, DTYPES[dtype]).eval() for B in (1, 16)}
     runs = {}
     for (name, on), B in itertools.product(ways.items(), models):
-        runs[f'flatgpt, {name}batch {B}'] = partial(made, models[B], B, cuda_graph=on)
+        runs[f'flatgpt, {name}batch {B}'] = partial(made, models[B], B, cuda_graph=on, kept={})
         if compile:
-            how = dict(cuda_graph=on, compiled=torch.compile(plain, dynamic=False))
+            how = dict(cuda_graph=on, compiled=torch.compile(plain, dynamic=False), kept={})
             runs[f'flatgpt, compiled, {name}batch {B}'] = partial(made, plain, B, **how)
     if device == 'cpu': # as sample.py does
         for B, model in models.items():

@@ -131,46 +131,11 @@ def check(config, names, least=None, above=None, below=None, most=None, choices=
             raise ValueError(f'{name}={value} must be at most {largest}')
 
 
-def at_least(config, smallest, *names):
-    """Refuse knobs below `smallest`."""
-    for name in names:
-        if config[name] < smallest:
-            raise ValueError(f'{name}={config[name]} must be at least {smallest}' if smallest else f'{name}={config[name]} must not be negative')
-
-
-def above(config, limit, *names):
-    """Refuse knobs that are not more than `limit`."""
-    for name in names:
-        if config[name] <= limit:
-            raise ValueError(f'{name}={config[name]} must be more than {limit}')
-
-
-def at_most(config, limit, *names):
-    """Refuse knobs that are more than `limit`."""
-    for name in names:
-        if config[name] > limit:
-            raise ValueError(f'{name}={config[name]} must be at most {limit}')
-
-
-def below(config, limit, *names):
-    """Refuse knobs that are not less than `limit`."""
-    for name in names:
-        if config[name] >= limit:
-            raise ValueError(f'{name}={config[name]} must be less than {limit}')
-
-
 def writable(config, *names):
     """Refuse paths of files to write, unless empty, whose folder is not there; before minutes are spent on what goes into them."""
     for name in names:
         if config[name] and (os.path.isdir(config[name]) or not os.path.isdir(os.path.dirname(config[name]) or '.')):
             raise ValueError(f'{name}={config[name]!r} must be a file in a folder that is there')
-
-
-def one_of(config, **choices):
-    """Refuse knobs that are none of their choices."""
-    for name, words in choices.items():
-        if config[name] not in words:
-            raise ValueError(f'{name}={config[name]!r} is none of {", ".join(map(repr, words))}')
 
 
 def read_knobs(path, ns=None):

@@ -81,21 +81,29 @@ class StaticCache(KVCache):
     a short text does not pay for a long one: 256, 512, 1024, ... columns.
     """
 
-    def __init__(self, config, size, pad, other=None):
-        """other: a cache of as many sequences, of which it takes over what that holds"""
+    def __init__(self, config, size, pad):
         self.end = torch.zeros(1, dtype=torch.int64, device=pad.device) # the length, as the model reads it
         self.pad = torch.zeros_like(pad)
         super().__init__(config, size, pad)
-        if other is not None:
+
+    def restart(self, pad):
+        self.length = 0
+        self.end.zero_()
+        self.pad.copy_(pad)
+
+    def take_over(self, other):
+        """Hold what another cache of as many sequences holds, and nothing else."""
+        self.restart(other.pad)
+        self.reserve(other.length)
+        self.end.fill_(other.length)
+        if self.k is None:
             self.make(other.k[0])
-            self.reserve(other.length)
-            self.end.fill_(other.length)
-            for mine, theirs in zip(self.k + self.v, other.k + other.v):
-                mine[:, :, :other.length] = theirs[:, :, :other.length]
+        for mine, theirs in zip(self.k + self.v, other.k + other.v):
+            mine[:, :, :other.length] = theirs[:, :, :other.length]
 
     def reserve(self, T):
         self.length += T
-        self.span = min(self.size, max(256, 2 ** (self.length - 1).bit_length()))
+        self.span = min(self.size, span_of(self.length))
 
     def begin(self, T, dtype):
         at = self.end + torch.arange(T, device=self.end.device)
@@ -110,10 +118,10 @@ class StaticCache(KVCache):
         k, v = self.k[layer].index_copy_(2, self.slots, k), self.v[layer].index_copy_(2, self.slots, v)
         return k[:, :, :self.span], v[:, :, :self.span]
 
-    def restart(self, pad):
-        self.length = 0
-        self.end.zero_()
-        self.pad.copy_(pad)
+
+def span_of(length):
+    """The step of a StaticCache that holds `length` columns."""
+    return max(256, 2 ** (length - 1).bit_length())
 
 
 class Step:
@@ -171,7 +179,7 @@ class Step:
 
 @torch.inference_mode()
 def stream(model, prompts, max_new_tokens, samples=range(1), temperature=1.0, top_k=None, top_p=1.0, min_p=0.0,
-           repetition_penalty=1.0, seed=None, vocab_size=None, stop=None, stride=1, cache=None, compiled=None, cuda_graph=True):
+           repetition_penalty=1.0, seed=None, vocab_size=None, stop=None, stride=1, cache=None, compiled=None, cuda_graph=True, kept=None):
     """
     Continue each of `prompts`, lists of token ids of any lengths, once for each number in `samples`, all in one batch: yields
     one tensor (B,) a step, on the CPU, the next token of each sequence, those of the first prompt first, and -1 for those
@@ -185,6 +193,7 @@ def stream(model, prompts, max_new_tokens, samples=range(1), temperature=1.0, to
         and the rest is added to it
     compiled: torch.compile(model), to take the steps after the prompt
     cuda_graph: False: on CUDA, do not record the step as a CUDA graph
+    kept: a dict in which a cache and its recordings are kept from call to call, for calls of as many sequences
     Raises FloatingPointError where logits are not finite, ValueError where stride leaves no context.
     Prompts see their last block_size tokens. Beyond block_size learned positions recompute that window for every token, as
     nanoGPT does, or of one with stride - 1 tokens less every stride tokens; the others slide: what is kept of the last
@@ -198,13 +207,13 @@ def stream(model, prompts, max_new_tokens, samples=range(1), temperature=1.0, to
     options = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty)
 
     # the prompts, all at once, each once
-    kept = cache is not None
-    prompts = prompts if kept else [prompt[-block_size:] for prompt in prompts]
+    own = cache is None
+    prompts = prompts if not own else [prompt[-block_size:] for prompt in prompts]
     T = max(map(len, prompts))
     ids = torch.tensor([[0] * (T - len(prompt)) + prompt for prompt in prompts], device=device)
     pad = torch.tensor([T - len(prompt) for prompt in prompts], device=device)
     static = cuda_graph or compiled is not None
-    if not kept:
+    if own:
         cache = KVCache(model.config, T if static else min(block_size, T + max_new_tokens), pad)
     pieces = [ids[:, cache.length:cache.size], *ids[:, max(cache.length, cache.size):].split(1, dim=1)] # what is beyond its size: one by one
     for piece in pieces:
@@ -213,8 +222,13 @@ def stream(model, prompts, max_new_tokens, samples=range(1), temperature=1.0, to
             logits = model(piece.contiguous(), cache=cache)[0][:, -1, :vocab_size].float()
     cache.repeat(len(samples))
     ids, logits, pad = (x.repeat_interleave(len(samples), 0) for x in (ids, logits, pad))
-    if static and not kept:
-        cache = StaticCache(model.config, min(block_size, -(-(T + max_new_tokens) // 64) * 64), pad.clone(), cache)
+    if static and own:
+        kept, size = {} if kept is None else kept, min(block_size, span_of(T + max_new_tokens))
+        if (B, size) not in kept:
+            kept.clear()
+            kept[B, size] = StaticCache(model.config, size, pad)
+        kept[B, size].take_over(cache)
+        cache = kept[B, size]
 
     # the steps
     step = cache.step # of an earlier call
@@ -241,7 +255,8 @@ def stream(model, prompts, max_new_tokens, samples=range(1), temperature=1.0, to
                 step()
 
     new, ended, numbers = [[] for _ in range(B)], [False] * B, range(max_new_tokens)
-    block = 16 if step.recorder.on and not kept else 1 # tokens that are fetched at a time; a kept cache is to hold none in vain
+    # tokens that are fetched at a time; a cache of the caller's must hold none that are thrown away
+    block = 16 if step.recorder.on and own else 1
     make(numbers[:block])
     for first in numbers[::block]:
         tokens = step.new[:, first:first + block].clone().cpu() # waits for the device

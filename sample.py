@@ -123,7 +123,7 @@ if not all(ids) or not (ids or interactive):
     raise ValueError('the prompt is empty; give at least one character: --start=...')
 if device == 'cpu' and (quantize or not compile):
     pack(model, 1 if interactive else min(batch_size, num_samples * len(ids)), int8=quantize == 'int8')
-options = dict(temperature=temperature, top_k=top_k or None, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
+options = dict(compiled=compiled, kept={}, temperature=temperature, top_k=top_k or None, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
                seed=seed, stride=stride, vocab_size=tokenizer.vocab_size)
 
 # -----------------------------------------------------------------------------
@@ -165,7 +165,7 @@ def sample(ids, samples=range(1), cache=None, show=lambda text: None):
             current, shown = current + 1, None
 
     show_on()
-    for tokens in stream(model, ids, max_new_tokens, samples, stop=ends if stops else None, cache=cache, compiled=compiled, **options):
+    for tokens in stream(model, ids, max_new_tokens, samples, stop=ends if stops else None, cache=cache, **options):
         for sequence, token in zip(new, tokens.tolist()):
             sequence += [token] if token >= 0 else []
         show_on()

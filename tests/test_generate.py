@@ -294,7 +294,17 @@ def test_attention_reads_no_more_than_a_span_and_each_is_recorded_once(taped, po
     model = random_model(pos=pos, block_size=512)
     want = texts(model, [[1, 2], [3]], 300, seed=1, cuda_graph=False)
     assert texts(model, [[1, 2], [3]], 300, seed=1) == want
-    assert taped['record'] == 2 # for 256 and for 320 columns
+    assert taped['record'] == 2 # for 256 and for 512 columns
+
+
+def test_recordings_are_kept_from_call_to_call(taped):
+    model, kept = random_model(pos='rotary'), {}
+    for n, seed in ((3, 1), (7, 2), (5, 3)):
+        prompt = torch.randint(29, (n,)).tolist()
+        want = texts(model, [prompt], 30, seed=seed, samples=range(4), cuda_graph=False)
+        assert texts(model, [prompt], 30, seed=seed, samples=range(4), kept=kept) == want
+    assert taped['record'] == 1
+    assert texts(model, [prompt], 30, kept=kept, temperature=0) == texts(model, [prompt], 30, temperature=0, cuda_graph=False) # others: anew
 
 
 def test_tokens_beyond_a_stop_are_thrown_away(taped):
