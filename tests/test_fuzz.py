@@ -25,7 +25,7 @@ SHORT = [*TINY, '--max_iters=2', '--eval_interval=2', '--eval_iters=1', '--out_d
 SAMPLE = ['--device=cpu', '--dtype=float32', '--num_samples=1', '--max_new_tokens=3', '--block_size=16']
 words = st.one_of(
     st.integers(-3, 40).map(str), st.sampled_from(['', 'None', 'True', 'False', 'nan', 'inf', '-inf', '1e-3', '0.5', '1e400', '-0.0', '[]', "['a', 'b']", "''",
-                                                   '10**9', '99999999999999999999', '0x10', '1_0', '(1,', '{1: 2}', 'auto', 'cpu', 'cuda', 'mps', 'float16', 'resume',
+                                                   '10**9', '99999999999999999999', '1000000000000000000', '-9223372036854775809', '1e300', '0x10', '1_0', '(1,', '{1: 2}', 'auto', 'cpu', 'cuda', 'mps', 'float16', 'resume',
                                                    'scratch', 'tiny', 'README.md', 'out-trained', 'gpt2', '../..', '/', '.', 'a b', '=', '--']),
     st.text(st.characters(exclude_characters='\0', exclude_categories=['Cs']), max_size=8))
 HEAVY = {'n_layer', 'n_embd', 'd_model', 'd_head', 'n_head', 'block_size', 'batch_size', 'gradient_accumulation_steps', 'vocab_size', 'max_iters', 'max_new_tokens',
@@ -33,9 +33,12 @@ HEAVY = {'n_layer', 'n_embd', 'd_model', 'd_head', 'n_head', 'block_size', 'batc
 NOT_HERE = {'compile', 'wandb_log', 'interactive', 'out_dir', 'profile', 'json', 'png', 'output', 'eval_output', 'dist_timeout'} # slow, or say where to write
 
 
+HUGE = [str(10**18), str(10**22), str(2**62), str(2**31), '1e300', str(-10**22)]
+
+
 def flags(script):
     names = sorted(set(read_knobs(ROOT / script)) | (set(read_knobs(str(ROOT / 'model.py:GPTConfig'))) if script in ('train.py', 'bench.py') else set()))
-    tame = st.one_of(st.integers(-2, 20).map(str), st.sampled_from(['', 'None', 'True', '0.5', 'nan', 'x', '1e400', '[]']))
+    tame = st.one_of(st.integers(-2, 20).map(str), st.sampled_from(['', 'None', 'True', '0.5', 'nan', 'x', '1e400', '[]', *HUGE]))
     one = st.sampled_from([name for name in names if name not in NOT_HERE]).flatmap(lambda name: (tame if name in HEAVY else words).map(lambda text: f'--{name}={text}'))
     return st.lists(st.one_of(one, one, one, words.filter(lambda text: text not in ('', '-'))), min_size=1, max_size=3)
 
@@ -169,3 +172,60 @@ def test_prompts(project, trained, prompt, kind, how):
         (project.path / 'fuzzed.txt').write_text(prompt, encoding='utf-8')
         prompt = 'fuzzed.txt'
     holds(project, 'sample.py', '--out_dir=out-trained', *SAMPLE, f'--start={kind}{prompt}', *how)
+
+
+def once(project, trained):
+    """A run of two iterations of which an optimizer file is there: (folder, name of the file)."""
+    folder = project.path / 'out-once'
+    if not folder.exists():
+        project.run('train.py', *SHORT, '--out_dir=out-once')
+    return folder, next(path.name for path in folder.iterdir() if path.name.startswith('optimizer-'))
+
+
+@fuzz
+@given(st.one_of(broken, st.tuples(st.sampled_from(['state', 'param_groups', 'scaler']), plain), st.tuples(st.integers(0, 8), st.sampled_from(
+    ['step', 'exp_avg', 'exp_avg_sq', 'other']), st.one_of(plain, st.just(torch.ones(2)), st.just(torch.ones(16, 16))), st.just('state')),
+    st.tuples(st.integers(0, 1), st.sampled_from(['lr', 'betas', 'eps', 'amsgrad', 'maximize', 'foreach', 'params', 'new']), plain, st.just('group'))))
+def test_optimizer_files(project, trained, how):
+    source, name = once(project, trained)
+    folder = project.path / 'out-fuzz'
+    folder.mkdir(exist_ok=True)
+    for path in folder.iterdir():
+        path.unlink()
+    (folder / 'ckpt.pt').write_bytes((source / 'ckpt.pt').read_bytes())
+    if len(how) == 3:
+        (folder / name).write_bytes(damage((source / name).read_bytes(), how))
+    else:
+        state = torch.load(source / name, weights_only=True)
+        if len(how) == 2:
+            state[how[0]] = how[1]
+        elif how[3] == 'state':
+            state['state'].setdefault(how[0], {})[how[1]] = how[2]
+        else:
+            state['param_groups'][how[0]][how[1]] = how[2]
+        torch.save(state, folder / name)
+    holds(project, 'train.py', *SHORT, '--max_iters=4', '--init_from=resume')
+
+
+@fuzz
+@given(st.sampled_from(['train.bin', 'val.bin', 'train.mask', 'val.mask']), st.one_of(st.binary(max_size=300), st.binary(min_size=5040, max_size=5041),
+       st.integers(0, 3000).map(lambda n: bytes(n))), st.sampled_from([[], ['--align_to_lines=True'], ['--mask_before_token=,']]))
+def test_data_files(project, trained, name, data, how):
+    folder = project.path / 'data' / 'fuzzed'
+    folder.mkdir(exist_ok=True)
+    for path in folder.iterdir():
+        path.unlink()
+    for source in ('train.bin', 'val.bin', 'meta.pkl'):
+        (folder / source).write_bytes((project.path / 'data' / 'tiny' / source).read_bytes())
+    (folder / name).write_bytes(data)
+    holds(project, 'train.py', *SHORT, '--dataset=fuzzed', *how)
+    holds(project, 'eval.py', '--out_dir=out-trained', '--device=cpu', '--dataset=fuzzed', '--eval_iters=1')
+
+
+@fuzz
+@given(st.binary(max_size=200), st.sampled_from(['txt', 'jsonl', 'json', 'csv', 'tsv', 'md']),
+       st.sampled_from([[], ['--column=text'], ['--column=a', '--prompt=b'], ['--tokenizer=char'], ['--val_share=0.5']]))
+def test_texts_to_prepare(project, trained, data, kind, how):
+    (project.path / f'fuzzed.{kind}').write_bytes(data * 20)
+    holds(project, 'data/text/prepare.py', '--tokenizer=byte', *how, f'--input=fuzzed.{kind}', '--dataset=fuzzed')
+    (project.path / f'fuzzed.{kind}').unlink()
