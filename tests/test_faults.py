@@ -24,18 +24,29 @@ pytestmark = pytest.mark.skipif(os.name != 'posix', reason='signals and fork are
 LONG = [*TINY, '--dropout=0.2', '--gradient_accumulation_steps=3', '--eval_interval=20', '--max_iters=100']
 
 
+PLAIN_NAMES = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+sys.path.insert(0, '.')
+import data.tokenizer
+data.tokenizer.partial_name = lambda path: path + '.partial'
+runpy.run_path('train.py', run_name='__main__')
+"""
+
+
 class Runs:
     """Runs of train.py in `project` that can be killed; what one prints is appended to a file named after its out_dir."""
 
     def __init__(self, project):
         self.project, self.wait = project, project.spawner.wait
+        (project.path / 'plain_names.py').write_text(PLAIN_NAMES)
 
-    def start(self, out, *flags):
+    def start(self, out, *flags, script=('train.py',)):
         path = self.project.path / f'{out}.txt'
-        return self.project.spawner.start(['train.py', *flags, f'--out_dir={out}'], self.project.path, path, path)
+        return self.project.spawner.start([*script, *flags, f'--out_dir={out}'], self.project.path, path, path)
 
-    def run(self, out, *flags):
-        return self.wait(self.start(out, *flags)), self.text(out)
+    def run(self, out, *flags, **kwargs):
+        return self.wait(self.start(out, *flags, **kwargs)), self.text(out)
 
     def text(self, out):
         path = self.project.path / f'{out}.txt'
@@ -161,7 +172,7 @@ def test_a_full_disk_costs_no_more_than_that_save(runs, straight, tried):
     folder.mkdir()
     (folder / 'optimizer-40.pt.partial').symlink_to('/dev/full') # the kernel answers "no space left on device" to every write
     (folder / 'ckpt.pt.partial').symlink_to('/dev/full') # and at iteration 20 to the second file of the pair
-    code, text = runs.run('full', *LONG)
+    code, text = runs.run('full', *LONG, script=('plain_names.py', 'train.py')) # so that the links are hit
     lines = [line for line in text.splitlines() if 'No space left on device' in line]
     assert [line.split(':')[0] for line in lines] == ['iteration 20', 'iteration 40'] and 'training goes on' in lines[0]
     assert code == 0 and equal(outcome(folder), outcome(straight))
@@ -172,7 +183,7 @@ def test_a_disk_that_stays_full_leaves_the_last_good_pair_and_an_exit_code(runs,
     folder = runs.project.path / 'fuller'
     assert runs.run('fuller', *LONG, '--max_iters=80')[0] == 0
     (folder / 'ckpt.pt.partial').symlink_to('/dev/full')
-    code, text = runs.run('fuller', *LONG, '--init_from=resume')
+    code, text = runs.run('fuller', *LONG, '--init_from=resume', script=('plain_names.py', 'train.py'))
     assert code == 1 and 'error: ckpt.pt could not be written at the last attempt' in text
     assert ckpt.load(str(folder))['iter_num'] == 80 and (folder / 'optimizer-80.pt').exists()
     assert runs.run('fuller', *LONG, '--init_from=auto')[0] == 0 and equal(outcome(folder), outcome(straight))
@@ -309,7 +320,7 @@ def test_a_new_run_in_an_old_folder_leaves_nothing_of_the_old_one(runs, project)
     assert runs.run('reused', *LONG, '--always_save_checkpoint=False')[0] == 0
     assert (project.path / 'reused' / 'best.pt').exists()
     assert runs.run('reused', *LONG, '--max_iters=40', '--seed=3')[0] == 0
-    assert sorted(os.listdir(project.path / 'reused')) == ['ckpt.pt', 'config.py', 'log.csv', 'loss.png', 'optimizer-40.pt']
+    assert sorted(os.listdir(project.path / 'reused')) == ['ckpt.pt', 'config.py', 'log.csv', 'loss.png', 'optimizer-40.pt', 'run.lock']
     assert max(row['iter'] for row in read_log(project.path / 'reused' / 'log.csv')) == 40
 
 
@@ -331,7 +342,7 @@ def test_a_new_run_that_dies_before_its_first_save_does_not_resume_the_old_one(r
     runs.wait(pid)
     code, text = runs.run('died', *LONG, '--seed=5', '--init_from=auto', '--max_iters=20')
     assert code == 0 and 'resuming' not in text and sorted(os.listdir(runs.project.path / 'died')) == \
-        ['ckpt.pt', 'config.py', 'log.csv', 'loss.png', 'optimizer-20-1.pt'] # the old optimizer's file was not written over
+        ['ckpt.pt', 'config.py', 'log.csv', 'loss.png', 'optimizer-20-1.pt', 'run.lock'] # the old optimizer's file was not written over
 
 
 def test_divergence_stops_the_run_and_leaves_the_last_checkpoint(runs, tried):
