@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 
 import pytest
@@ -128,3 +129,26 @@ def test_stacks_are_printed_on_request_and_the_run_goes_on(project):
     run.until('iter 1:')
     os.kill(run.pid, signal.SIGUSR2)
     assert project.spawner.wait(run.pid) == 0 and 'train.py' in run.text(1)
+
+
+def test_the_time_goes_on_while_the_first_step_is_compiled(project):
+    """On a terminal the bar is drawn each second, whatever the main thread waits for."""
+    import fcntl
+    import pty
+    import struct
+    import termios
+    (project.path / 'stuck.py').write_text(STUCK)
+    command = [sys.executable, 'stuck.py', 'train.py', *TINY, '--out_dir=out-terminal']
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(project.path)
+        os.environ.update(AT='1', HOW='c', OMP_NUM_THREADS='1', TERM='dumb')
+        os.execv(sys.executable, command)
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 80, 0, 0))
+    shown, end = b'', time.time() + 60
+    while not all(words in shown for words in (b'[00:01<', b'[00:02<', b'[00:03<')):
+        assert time.time() < end, shown
+        shown += os.read(terminal, 10_000)
+    os.write(terminal, b'\x03')
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
+    os.close(terminal)
