@@ -7,17 +7,23 @@ INPUT ?=
 CONFIG ?= $(if $(DATASET),config/train_text.py,config/train_shakespeare_char.py)
 ARGS ?=
 NGPUS ?=
-# what makes a recipe small enough for a machine without a GPU; where weights are loaded, the sizes are theirs
-OVERLAY ?= $(if $(filter config/finetune_% config/eval_%,$(CONFIG)),,config/cpu.py)
-# and what a recipe takes with one
-GPU_OVERLAY ?=
+LINES = calculator reverser wordcalc
+# what a recipe takes without a GPU, and with one; with weights that are loaded come their sizes
+ifneq ($(filter $(LINES:%=train_%.py),$(notdir $(CONFIG))),)
+OVERLAY ?= config/cpu_lines.py config/modern.py
+GPU_OVERLAY ?= config/modern.py
+else ifeq ($(notdir $(CONFIG)),train_shakespeare_char.py)
+OVERLAY ?= config/cpu.py config/modern.py
+GPU_OVERLAY ?= config/modern.py config/short.py
+else ifeq ($(filter finetune_% eval_%,$(notdir $(CONFIG))),)
+OVERLAY ?= config/cpu.py
+endif
 
 PY = $(VENV)/bin/python
 # those of NVIDIA and AMD; a Mac takes the small size, and trains it on its CPU
 GPUS = $$($(PY) -c 'import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)')
 # config/train_NAME.py, or config/train_NAME_char.py where only that exists; - stands for _
 RECIPE = $(firstword $(wildcard config/train_$(subst -,_,$*).py config/train_$(subst -,_,$*)_char.py) config/train_$(subst -,_,$*).py)
-LINES = calculator reverser wordcalc
 SMALL_DATASETS = shakespeare_char shakespeare $(LINES)
 
 .PHONY: help install test train clean generate-all
@@ -68,9 +74,6 @@ train-%:
 	@test -f '$(RECIPE)' || { echo 'error: no recipe $(RECIPE); make lists them' >&2; exit 2; }
 	@$(MAKE) --no-print-directory train CONFIG=$(RECIPE)
 
-$(addprefix train-,$(LINES)): train-%:
-	@$(MAKE) --no-print-directory train CONFIG=$(RECIPE) OVERLAY='config/cpu_lines.py config/modern.py' GPU_OVERLAY=config/modern.py
-
 sample-%: install
 	$(PY) sample.py $(firstword $(wildcard config/sample_$(subst -,_,$*).py) $(RECIPE)) $(ARGS)
 
@@ -78,7 +81,7 @@ eval-%: install
 	$(PY) eval.py $(RECIPE) $(ARGS)
 
 train-shakespeare:
-	@$(MAKE) --no-print-directory train CONFIG=config/train_shakespeare_char.py OVERLAY='config/cpu.py config/modern.py' GPU_OVERLAY='config/modern.py config/short.py'
+	@$(MAKE) --no-print-directory train CONFIG=config/train_shakespeare_char.py
 	@$(MAKE) --no-print-directory sample-shakespeare ARGS=
 
 clean:

@@ -138,10 +138,12 @@ def best(folder):
 def load(path):
     """
     The checkpoint at `path` (a file, or a folder with a best.pt or a ckpt.pt), on CPU: ours, or
-    nanoGPT's single file. Raises FileNotFoundError or ValueError, one line each.
+    the single file of nanoGPT or PopGPT. Raises FileNotFoundError or ValueError, one line each.
     """
     path = best(path) if os.path.isdir(path) else path
     checkpoint = read(path)
+    if isinstance(checkpoint, dict):
+        checkpoint['config'] = flat(checkpoint.get('config', {}))
     if not is_checkpoint(checkpoint):
         raise ValueError(f'{path} refused: it is no checkpoint of a GPT (it needs model, model_args and iter_num)')
     for name, field in GPTConfig.__dataclass_fields__.items():
@@ -155,6 +157,21 @@ def load(path):
                                if not name.endswith('.attn.bias')} # the causal mask that early versions of nanoGPT kept
     checkpoint['path'] = path
     return checkpoint
+
+
+def flat(config):
+    """
+    Settings without PopGPT's sections; what is None there is not set, and its data_dir tells the
+    dataset. Others stay as they are.
+    """
+    if not isinstance(config, dict) or not isinstance(config.get('data'), dict):
+        return config
+    sections = [section for section in config.values() if isinstance(section, dict)]
+    pairs = [pair for section in sections for pair in section.items()]
+    config = {name: value for name, value in pairs if value is not None}
+    if isinstance(config.get('data_dir'), str):
+        config['dataset'] = os.path.basename(os.path.normpath(config['data_dir']))
+    return config
 
 
 def is_checkpoint(checkpoint):
@@ -184,10 +201,16 @@ CONFIG_KINDS = dict(dataset=str, mask_before_token=str, mask_per_line=bool, alig
 
 
 def tokenizer_meta(checkpoint, source, vocab_size):
-    """The meta of a checkpoint's tokenizer; nanoGPT leaves it with the dataset. ValueError where it has more ids than the model's vocab_size."""
-    meta = checkpoint.get('meta') or dataset_meta(dataset_dir(str(checkpoint.get('config', {}).get('dataset'))))
-    if meta['vocab_size'] > vocab_size:
-        raise ValueError(f'{source} has {vocab_size} token ids and comes without its tokenizer; prepare its dataset first')
+    """
+    The meta of a checkpoint's tokenizer; nanoGPT and PopGPT leave it with the dataset. ValueError
+    where it has more ids than the model's vocab_size, or is of a dataset with fewer characters.
+    """
+    own, dataset = checkpoint.get('meta'), checkpoint.get('config', {}).get('dataset')
+    meta = own or dataset_meta(dataset_dir(str(dataset)))
+    other = not own and 'stoi' in meta and meta['vocab_size'] < vocab_size
+    if other or meta['vocab_size'] > vocab_size:
+        raise ValueError(f'{source} has {vocab_size} token ids and comes without its tokenizer; '
+                         f'put the meta.pkl of its dataset into {dataset_dir(str(dataset))}')
     return meta
 
 
@@ -311,7 +334,13 @@ def resolve_sizes(asked, default=(12, 768)):
 def check_tokenizer(checkpoint, source, data_dir):
     """Refuse weights from `source` that were trained with another tokenizer than that of the dataset in data_dir."""
     theirs, meta = checkpoint.get('meta'), dataset_meta(data_dir)
-    if theirs and os.path.exists(os.path.join(data_dir, 'train.bin')) and not same_tokenizer(theirs, meta):
+    ids = checkpoint.get('model_args', {}).get('vocab_size')
+    if not os.path.exists(os.path.join(data_dir, 'train.bin')):
+        return
+    if not theirs and ids and 'stoi' in meta and meta['vocab_size'] != ids:
+        raise ValueError(f'{source}: weights of {ids} token ids that come without tokenizer, '
+                         f'{data_dir} has {meta["vocab_size"]}; train on their own dataset')
+    if theirs and not same_tokenizer(theirs, meta):
         raise ValueError(f'{source}: the weights were trained with another tokenizer than that of {data_dir}; prepare the text with theirs: '
                          f'python data/text/prepare.py --input=... --tokenizer={source} --dataset=...')
 

@@ -25,6 +25,12 @@ from typing import NamedTuple
 
 
 HERE = os.path.dirname(os.path.abspath(__file__)) # where config/ and data/ are
+WORDS = { # other projects' words, and the knob that each stands for where a script has it
+    'data_dir': 'dataset', 'resume_from': 'init_from', 'weights_only': 'init_from',
+    'wandb_enabled': 'wandb_log', 'enabled': 'wandb_log', 'project': 'wandb_project',
+    'run_name': 'wandb_run_name', 'lr': 'learning_rate', 'max_steps': 'max_iters',
+    'grad_accum': 'gradient_accumulation_steps', 'prompt': 'start',
+}
 
 
 class Knob(NamedTuple):
@@ -184,6 +190,9 @@ def default_of(knob, before):
 def read_flag(arg, knobs):
     """'--name=text' as {name: (value, where)}."""
     name, equals, text = arg.lstrip('-').partition('=')
+    if name in ('config', 'override') and name not in knobs:
+        fail(f'unknown flag {arg}; config files and knobs stand by themselves: '
+             'config/NAME.py --name=VALUE')
     if name not in knobs:
         fail(f'unknown flag {arg.partition("=")[0]}{did_you_mean(name.replace("-", "_"), knobs, "--")}; --help lists all')
     if not arg.startswith('--') or not equals:
@@ -261,7 +270,10 @@ def fit(knob, value, where):
 
 
 def did_you_mean(word, choices, prefix=''):
-    near = difflib.get_close_matches(word, list(choices), 1, 0.6)
+    """A hint at one of `choices`: what a word or section.name of others means, or the nearest."""
+    name = word.rpartition('.')[2]
+    meant = [choice for choice in (name, WORDS.get(name)) if choice in choices]
+    near = meant or difflib.get_close_matches(word, list(choices), 1, 0.6)
     return f', did you mean {prefix}{near[0]}?' if near else ''
 
 

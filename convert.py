@@ -8,23 +8,27 @@ In come our checkpoints and nanoGPT's (a file, or a folder with one), and GPT2LM
 format of transformers (a folder, or a name of the Hugging Face hub).
 """
 
-from configurator import configure, one_of
+from configurator import check, configure, fail
 
 # -----------------------------------------------------------------------------
 init_from = 'out' # what to convert: a run's folder, a checkpoint, a folder in the format of transformers, or a name of the hub
 output = '' # the folder to write, which must be new
 to = 'transformers' # or 'flatgpt'
 if __name__ == '__main__': # the rest is a module too
-    configure(globals())
+    configure(globals(), paths=('init_from', 'output'))
 
 # -----------------------------------------------------------------------------
+import contextlib
+import json
 import os
+import shutil
 import sys
 import tempfile
 
 import torch
 
-from data.tokenizer import GPT2_SIZES, from_meta, gpt2_encoding, hub_meta, tiktoken_encoding
+from data.tokenizer import (GPT2_SIZES, from_meta, gpt2_encoding, hub_meta, partial_name,
+                            tiktoken_encoding)
 from model import GPT, GPTConfig
 
 
@@ -137,10 +141,33 @@ def tokenizer_of(name):
 
 # -----------------------------------------------------------------------------
 # out
+@contextlib.contextmanager
+def new_folder(path):
+    """
+    A folder to write to that becomes `path` at the end: there whole, or not at all. Ends in one
+    line, with exit code 2 where no folder can be made and 1 where the disk does not take the files.
+    """
+    from safetensors import SafetensorError
+    partial = partial_name(os.path.abspath(path)) # which has no slash at its end
+    try:
+        os.mkdir(partial)
+    except OSError as e:
+        raise OSError(f'{path} cannot be made: {e.strerror}') from e
+    try:
+        yield partial
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as e:
+        cause = e.__cause__ or e
+        fail(f'{path} cannot be written: {getattr(cause, "strerror", None) or cause}', 1)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def to_transformers(model, meta, folder, figures=None):
     """
     Write `model` (a GPT), the tokenizer of `meta` where there is one, a generation config and a model card to a new folder that
-    AutoModelForCausalLM and AutoTokenizer load. figures: what the card tells of the training, a dict.
+    AutoModelForCausalLM and AutoTokenizer load. Of the embedding's rows those go that the tokenizer has an id for: other readers
+    need as many of one as of the other. figures: what the card tells of the training, a dict.
 
     Raises ValueError, naming the knobs, for a network that neither GPT2LMHeadModel nor NanoChatForCausalLM is.
     """
@@ -153,11 +180,15 @@ def to_transformers(model, meta, folder, figures=None):
     if all(differs.values()):
         reasons = '; '.join(f'{home} has not {", ".join(knobs)}' for home, knobs in differs.items())
         raise ValueError(f'no architecture of transformers is this network: {reasons}')
-    eot = from_meta(meta).eot if meta else None
+    tokenizer = from_meta(meta) if meta else None
+    eot = tokenizer.eot if meta else None
+    vocab_size = tokenizer.vocab_size if meta else cfg.vocab_size
+    for name in {'transformer.wte.weight', 'lm_head.weight'} & ours.keys():
+        ours[name] = ours[name][:vocab_size] # the rest is padding, never sampled
     theirs = {}
     if not differs['GPT2LMHeadModel']:
-        sizes = dict(n_positions=cfg.block_size, vocab_size=cfg.vocab_size, n_layer=cfg.n_layer, n_head=cfg.n_head,
-                     n_embd=cfg.n_embd, n_inner=4 * cfg.n_embd)
+        sizes = dict(n_positions=cfg.block_size, vocab_size=vocab_size, n_layer=cfg.n_layer, n_head=cfg.n_head,
+                     n_embd=cfg.n_embd, n_inner=4 * cfg.n_embd, n_ctx=cfg.block_size) # n_ctx: for llama.cpp
         attn_dropout = cfg.dropout if cfg.attn_dropout is None else cfg.attn_dropout
         drop = dict(resid_pdrop=cfg.dropout, embd_pdrop=cfg.dropout, attn_pdrop=attn_dropout)
         export = GPT2LMHeadModel(GPT2Config(**sizes, **drop, bos_token_id=eot, eos_token_id=eot))
@@ -166,7 +197,7 @@ def to_transformers(model, meta, folder, figures=None):
             theirs[to_name] = torch.zeros(export.state_dict()[to_name].shape) if p is None else p.t() if turned else p
         theirs['lm_head.weight'] = ours['transformer.wte.weight']
     else:
-        sizes = dict(max_position_embeddings=cfg.block_size, vocab_size=cfg.vocab_size, num_hidden_layers=cfg.n_layer, num_attention_heads=cfg.n_head,
+        sizes = dict(max_position_embeddings=cfg.block_size, vocab_size=vocab_size, num_hidden_layers=cfg.n_layer, num_attention_heads=cfg.n_head,
                      num_key_value_heads=cfg.n_kv_head or cfg.n_head, hidden_size=cfg.n_embd, intermediate_size=4 * cfg.n_embd)
         special = dict(bos_token_id=eot, eos_token_id=eot, pad_token_id=eot)
         export = NanoChatForCausalLM(NanoChatConfig(**sizes, **special, final_logit_softcapping=cfg.logit_cap or None))
@@ -175,25 +206,24 @@ def to_transformers(model, meta, folder, figures=None):
             parts = ours[from_name].split((cfg.n_embd, kv, kv)) if len(to_names) > 1 else [ours[from_name]]
             theirs.update(zip(to_names, parts))
     export.load_state_dict(theirs)
-    padding = list(range(from_meta(meta).vocab_size, cfg.vocab_size)) if meta else []
-    export.generation_config = GenerationConfig(do_sample=True, temperature=0.8, top_k=200, bos_token_id=eot, eos_token_id=eot, pad_token_id=eot,
-                                                suppress_tokens=padding or None) # those that nothing stands for
-    with tempfile.TemporaryDirectory(dir=os.path.dirname(os.path.abspath(folder))) as partial:
-        inside = os.path.join(partial, 'whole')
-        export.save_pretrained(inside)
-        if meta:
-            fast_tokenizer(meta, cfg.block_size).save_pretrained(inside)
-        with open(os.path.join(inside, 'README.md'), 'w', encoding='utf-8') as f:
-            f.write(model_card(model, type(export).__name__, os.path.basename(os.path.abspath(folder)), figures or {}))
-        os.replace(inside, folder)
+    export.generation_config = GenerationConfig(do_sample=True, temperature=0.8, top_k=200, bos_token_id=eot, eos_token_id=eot, pad_token_id=eot)
+    texts = tokenizer_files(meta, cfg.block_size) if meta else {}
+    name = os.path.basename(os.path.abspath(folder))
+    texts['README.md'] = model_card(export, type(export).__name__, name, figures or {})
+    with new_folder(folder) as partial:
+        export.save_pretrained(partial)
+        for name, text in texts.items():
+            with open(os.path.join(partial, name), 'w', encoding='utf-8') as f:
+                f.write(text)
+        for name in os.listdir(partial): # safetensors' files are readable by their owner only
+            shutil.copymode(os.path.join(partial, 'README.md'), os.path.join(partial, name))
 
 
-def fast_tokenizer(meta, block_size):
-    """The tokenizer of a meta as a transformers.PreTrainedTokenizerFast."""
+def tokenizer_files(meta, block_size):
+    """The tokenizer of a meta in the format of the package tokenizers: {file: text}."""
     import base64
 
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import TikTokenConverter, bytes_to_unicode
     kind, eot = meta.get('tokenizer'), '<|endoftext|>'
     if kind == 'json':
@@ -215,8 +245,18 @@ def fast_tokenizer(meta, block_size):
         bpe = Tokenizer(models.WordLevel(meta['stoi']))
         bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.Split(Regex('[\\s\\S]'), 'isolated'), decoders.Fuse()
         eot = eot if meta.get('eot') is not None else None
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=eot, eos_token=eot, model_max_length=block_size,
-                                   clean_up_tokenization_spaces=False)
+    whole = json.loads(bpe.to_str())
+    if isinstance(whole['model']['vocab'], dict): # cl100k_base and others leave ids out; readers count on each
+        unused = set(range(from_meta(meta).vocab_size)) - set(bpe.get_vocab().values())
+        whole['model']['vocab'].update({f'<|unused {i}|>': i for i in sorted(unused)})
+    unknown = whole['model'].get('unk_token')
+    if unknown is None or bpe.token_to_id(unknown) is None:
+        unknown = eot # as in GPT-2's own; no text needs it, but CTranslate2 asks for one
+    # Until version 5 transformers had no TokenizersBackend, which is its name for this class today.
+    config = dict(tokenizer_class='PreTrainedTokenizerFast', bos_token=eot, eos_token=eot,
+                  unk_token=unknown, model_max_length=block_size, clean_up_tokenization_spaces=False)
+    return {'tokenizer.json': json.dumps(whole, ensure_ascii=False),
+            'tokenizer_config.json': json.dumps(config, ensure_ascii=False, indent=2)}
 
 
 def model_card(model, architecture, name, figures):
@@ -229,7 +269,7 @@ pipeline_tag: text-generation
 
 # {name}
 
-A {architecture} of {model.get_num_params() / 1e6:.2f}M parameters, trained with flatgpt.
+A {architecture} of {model.num_parameters() / 1e6:.2f}M parameters, trained with flatgpt.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -244,8 +284,8 @@ print(tokenizer.decode(model.generate(**tokenizer('The', return_tensors='pt'), m
 
 if __name__ == '__main__':
     import checkpoint as ckpt
-    one_of(globals(), to=('transformers', 'flatgpt'))
-    if not output or os.path.exists(output):
+    check(globals(), 'to', choices=('transformers', 'flatgpt'))
+    if not output or os.path.lexists(output):
         raise ValueError(f'output={output!r} must be a new folder: --output=...')
     if not os.path.isdir(os.path.dirname(os.path.abspath(output))):
         raise ValueError(f'output={output!r}: {os.path.dirname(os.path.abspath(output))} is not there')
@@ -256,14 +296,16 @@ if __name__ == '__main__':
             meta = ckpt.tokenizer_meta(loaded, init_from, model.config.vocab_size)
         except ValueError: # which is not here
             pass
+    best_val_loss = float(loaded.get('best_val_loss', 'inf'))
     if to == 'flatgpt':
-        ckpt.save(os.path.join(output, 'ckpt.pt'), dict(
-            model=model.state_dict(), model_args=vars(model.config), meta=meta, config=config, iter_num=loaded.get('iter_num', 0),
-            best_val_loss=float(loaded.get('best_val_loss', 'inf'))))
+        with new_folder(output) as folder:
+            ckpt.write(os.path.join(folder, 'ckpt.pt'), dict(
+                model=model.state_dict(), model_args=vars(model.config), meta=meta, config=config,
+                iter_num=loaded.get('iter_num', 0), best_val_loss=best_val_loss))
     else:
         told = ('dataset', 'optimizer', 'learning_rate', 'batch_size', 'gradient_accumulation_steps', 'block_size', 'seed')
         figures = {name: config[name] for name in told if name in config}
-        val_loss = float(loaded.get('best_val_loss', 'inf'))
-        figures = {'iterations': f'{loaded["iter_num"]:,}', 'validation loss (nats per token)': f'{val_loss:.4f}', **figures} if config else {}
+        if config:
+            figures = {'iterations': f'{loaded["iter_num"]:,}', 'validation loss (nats per token)': f'{best_val_loss:.4f}', **figures}
         to_transformers(model, meta, output, figures)
     print(f'{output}: {model.get_num_params() / 1e6:.2f}M parameters' + ('' if meta else ', without a tokenizer, since none came with them'))

@@ -51,7 +51,7 @@ from data.tokenizer import byte_counts, dataset_dir, dataset_meta, from_meta, wr
 from device import DTYPES, autocast, resolve, tune
 from generate import stream
 from ops import pack
-from runlog import say
+from runlog import perplexity, say
 
 check(config, 'eval_iters batch_size block_size', least=1)
 check(config, 'num_lines show_wrong num_fewshot', least=0)
@@ -139,8 +139,7 @@ for split in ('train', 'val'):
     if not count:
         raise ValueError(f'{data.path}: none of the targets in {eval_iters} batches count; raise --eval_iters')
     bits = loss / math.log(2) * count / parallel.total(num_bytes).item()
-    perplexity = math.exp(loss) if loss < 700 else math.inf
-    say(f'{split:<5} loss {loss:.4f}, perplexity {perplexity:.3f}, {bits:.4f} bits per byte, over {count:,.0f} tokens' + ' of answers' * data.masked)
+    say(f'{split:<5} loss {loss:.4f}, perplexity {perplexity(loss):.3f}, {bits:.4f} bits per byte, over {count:,.0f} tokens' + ' of answers' * data.masked)
 
 # -----------------------------------------------------------------------------
 # exact match of tasks on lines: each line a question, the mark, an answer
@@ -162,7 +161,7 @@ def answered_right(questions):
 
 def find_kinds(path):
     """The function `kinds` in a dataset's prepare.py, which sorts its questions; sorted by length where there is none."""
-    if os.path.exists(path):
+    if os.path.basename(dataset) == dataset and os.path.exists(path): # a name that came with weights leads to no other folder
         with open(path, encoding='utf-8') as f:
             if 'def kinds(' in f.read(): # nobody's script is executed to find out
                 spec = importlib.util.spec_from_file_location('prepare', path)

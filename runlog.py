@@ -7,6 +7,7 @@ and out_dir/config.py, the knobs and the command of the run.
 
 import csv
 import io
+import math
 import os
 import shlex
 import socket
@@ -71,7 +72,9 @@ class RunLog:
             try:
                 self.wandb = client.init(project=config['wandb_project'], name=config['wandb_run_name'], config=config, id=run_id, resume='allow')
             except Exception as e: # its errors are of many kinds
-                raise ValueError(f'wandb does not start: {str(e).strip() or type(e).__name__}; wandb login, or WANDB_MODE=offline') from e
+                reason = (str(e).strip() or type(e).__name__).rstrip('.') # names `wandb login`
+                raise ValueError(f'wandb does not start: {reason}; WANDB_MODE=offline keeps its '
+                                 'log here, --wandb_log=False does without') from e
             self.run_id = self.wandb.id
             self.wandb.define_metric('*', step_metric='iter') # a resumed run draws on from where it stopped
         # a bar on a terminal, plain lines into files and pipes
@@ -118,7 +121,8 @@ class RunLog:
                  tokens_per_second=speed, mfu=mfu, **numbers)
         text = f'{speed:,.0f} tok/s' + (f', mfu {mfu * 100:.1f}%' if mfu else '')
         if self.bar.disable and not self.quiet:
-            say(f'iter {iter_num}: loss {loss:.4f}, {dt * 1000:.2f} ms, {text}')
+            losses = f'loss {loss:.4f}, perplexity {perplexity(loss):.2f}'
+            say(f'iter {iter_num}: {losses}, {dt * 1000:.2f} ms, {text}')
         self.bar.set_postfix_str(f'loss {loss:.4f}, {text}', refresh=False)
         self.advance(iter_num + 1)
         self.last_time, self.last_iter, self.last_row, self.last_tokens = now, iter_num + 1, iter_num + 1, tokens
@@ -161,6 +165,11 @@ class RunLog:
             if where not in self.broken: # said once
                 say(f'cannot write the log {where or f"into {self.out_dir}"}: {getattr(e, "strerror", None) or e}; training goes on')
             self.broken.add(where)
+
+
+def perplexity(loss):
+    """e to the power of a loss: among so many tokens, all alike, a model with that loss guesses."""
+    return math.inf if loss > 700 else math.exp(loss)
 
 
 def lock(folder):

@@ -28,7 +28,7 @@ top_k = 200 # draw from so many most likely tokens only, 0 for all
 top_p = 1.0 # draw from the fewest tokens that together have this probability
 min_p = 0.0 # draw from tokens that have this share of the most likely one's probability
 repetition_penalty = 1.0 # above 1.0 tokens that were there before become less likely
-stop_token_char = '' # end a text before this character, which must be one token
+stop_token_char: str | None = '' # end a text before this character, which must be one token
 stop: str | list = '' # end a text before this string, or the first of these
 seed = 1337 # the same seed and prompt give the same texts
 stride = 1 # past block_size, learned positions recompute their window every so many tokens: 64 is much faster, and sees up to 63 tokens less
@@ -42,15 +42,17 @@ config, given = configure(globals(), also=('train.py', 'model.py:GPTConfig'), # 
 
 # -----------------------------------------------------------------------------
 import contextlib
+import importlib
 import json
 import os
+import re
 import sys
 import time
 
 import torch
 
 import checkpoint as ckpt
-from data.tokenizer import continuation, from_meta, write_whole
+from data.tokenizer import continuation, dataset_dir, from_meta, write_whole
 from device import DTYPES, resolve, tune
 from generate import new_cache, stream
 from ops import pack
@@ -128,6 +130,19 @@ options = dict(compiled=compiled, kept={}, temperature=temperature, top_k=top_k 
 
 # -----------------------------------------------------------------------------
 # text out
+def find_answer():
+    """The function `answer` in the prepare.py of the weights' dataset, or one that knows none."""
+    name = str(loaded.get('config', {}).get('dataset'))
+    path = os.path.join(dataset_dir(name), 'prepare.py')
+    ours = re.fullmatch(r'\w+', name) # the name came with the weights; it leads to no other folder
+    if ours and os.path.exists(path):
+        with open(path, encoding='utf-8') as f:
+            if 'def answer(' in f.read():
+                return importlib.import_module(f'data.{name}.prepare').answer
+    return lambda question: None
+
+answer, mark, rights = find_answer(), loaded.get('config', {}).get('mask_before_token'), []
+
 def so_far(prompt, new, ended):
     """The text of new tokens after those of a prompt as far as it may be shown: no stop, nothing that may become one, no part of a character."""
     text = continuation(tokenizer, prompt, new)
@@ -137,6 +152,16 @@ def so_far(prompt, new, ended):
     text = text.rstrip('\ufffd')
     begun = max([n for s in stops for n in range(1, len(s)) if text.endswith(s[:n])], default=0)
     return text[:len(text) - begun]
+
+def judged(prompt, text):
+    """What follows a line of a task: a tick, or a cross and the answer; '' where none is known."""
+    line = prompt.rpartition('\n')[2] + text.partition('\n')[0]
+    question, there, given = line.partition(mark or '\n')
+    right = answer(question) if there else None
+    if right is None:
+        return ''
+    rights.append(given == right)
+    return ' \u2713' if given == right else f' \u2717 ({right})'
 
 def sample(ids, samples=range(1), cache=None, show=lambda text: None):
     """
@@ -161,7 +186,8 @@ def sample(ids, samples=range(1), cache=None, show=lambda text: None):
             shown = len(text)
             if current not in ended:
                 return
-            show('\n' if cache else '\n---------------\n')
+            prompt = tokenizer.decode(ids[current // len(samples)])
+            show('\n' if cache else f'{judged(prompt, text)}\n---------------\n')
             current, shown = current + 1, None
 
     show_on()
@@ -220,4 +246,6 @@ else:
         write_whole(output, lambda f: f.write(''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows).encode()))
     seconds = time.perf_counter() - began
     written = f', written to {output}' if output else ''
-    print(f'{made:,} tokens in {seconds:.1f} s, {made / seconds:,.0f} tokens/s{written}', file=sys.stderr)
+    right = f', {sum(rights)} of {len(rights)} answers right' if rights else ''
+    speed = f'{made:,} tokens in {seconds:.1f} s, {made / seconds:,.0f} tokens/s'
+    print(f'{speed}{right}{written}', file=sys.stderr)

@@ -97,7 +97,7 @@ from data.loader import Loader, deal, micro_batches, must_exist, must_hold
 from data.tokenizer import dataset_dir, dataset_meta
 from device import Recorder, autocast, can_record, memory_gb, pays_to_compile, peak_flops, resolve, tune
 from ops import seed_dropout
-from runlog import RunLog, health, say
+from runlog import RunLog, health, perplexity, say
 
 # -----------------------------------------------------------------------------
 # refuse knobs that make no sense
@@ -290,7 +290,7 @@ while True:
     evaluated = iter_num % eval_interval == 0 or iter_num >= max_iters or eval_only
     losses = estimate_loss() if evaluated else None
     if losses: # no signal came meanwhile
-        say(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
+        say(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f} (perplexity {perplexity(losses["val"]):.2f})')
         if losses['val'] < best_val_loss:
             before = best_val_loss, best_iter, best_file
             best_val_loss, best_iter = losses['val'], iter_num

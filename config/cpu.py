@@ -3,12 +3,15 @@
 #   expected   val loss below 1.53 after 1.5 to 2 minutes; without config/modern.py it takes longer and ends higher
 # It says how, not what: dataset, out_dir and the rest stay the recipe's own.
 
+import os
+
 device = 'cpu'
 dtype = 'fast' # bfloat16 where this CPU multiplies it faster
 compile = False # compiling would take longer than it saves here
 
-gradient_accumulation_steps = 1
-batch_size = 12
+_processes = int(os.environ.get('WORLD_SIZE', 1)) # under torchrun they share the 12 sequences
+gradient_accumulation_steps = _processes
+batch_size = max(1, 12 // _processes)
 block_size = 128 # 12 * 128 = 1536 tokens per iteration
 n_layer = 4
 n_head = 2
@@ -22,5 +25,5 @@ learning_rate = 3e-3 # on tiny Shakespeare, block_size=64, after 2000 iterations
 min_lr = 1e-4
 beta2 = 0.99
 eval_interval = 650
-eval_iters = 20
+eval_iters = 20 * _processes
 log_interval = 10

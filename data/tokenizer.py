@@ -29,7 +29,7 @@ def dataset_dir(name):
 
 
 class Tokenizer(NamedTuple):
-    encode: Callable[[str], list[int]] # <|endoftext|> stands for itself, but among characters
+    encode: Callable[[str], list[int]] # <|endoftext|> stands for itself
     decode: Callable[[list[int]], str]
     vocab_size: int
     to_array: Callable[[str], np.ndarray] # for documents, faster: whatever they hold is text
@@ -47,7 +47,7 @@ def from_meta(meta):
                          lambda text: bpe.encode_to_numpy(text, disallowed_special=()), bpe.eot_token)
     if kind == 'byte':
         eot = '<|endoftext|>'
-        return Tokenizer(lambda text: [i for part in re.split(f'({re.escape(eot)})', text) for i in ([256] if part == eot else part.encode())],
+        return Tokenizer(lambda text: encode_marked(text, eot, 256, str.encode),
                          lambda ids: b''.join(eot.encode() if i == 256 else bytes([i]) for i in ids).decode('utf-8', 'replace'), 257,
                          lambda text: np.frombuffer(text.encode(), dtype=np.uint8), 256)
     if kind == 'json': # the file format of the package tokenizers, and so of the Hugging Face hub
@@ -72,7 +72,15 @@ def from_meta(meta):
             raise ValueError(f'the vocabulary lacks {", ".join(map(repr, missing[:5]))}; it has {"".join(sorted(set(stoi) - {itos.get(eot)}))!r}')
         return ids
 
-    return Tokenizer(lambda text: to_array(text).tolist(), lambda ids: ''.join(itos[i] for i in ids), meta['vocab_size'], to_array, eot)
+    encode = lambda text: encode_marked(text, itos.get(eot), eot, lambda part: to_array(part).tolist())
+    return Tokenizer(encode, lambda ids: ''.join(itos[i] for i in ids), meta['vocab_size'], to_array, eot)
+
+
+def encode_marked(text, mark, eot, encode):
+    """The ids of a text in which `mark`, unless it is None, stands for the id `eot`."""
+    if not mark:
+        return encode(text)
+    return [i for part in re.split(f'({re.escape(mark)})', text) for i in ([eot] if part == mark else encode(part))]
 
 
 def continuation(tokenizer, before, new):

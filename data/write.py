@@ -57,21 +57,22 @@ def write_dataset(folder, text, meta=None, val_share=0.1):
 class Piece(NamedTuple):
     text: str
     split: str # 'train' or 'val'
-    ends: bool # does its document end with it?
+    ends: bool # does <|endoftext|> follow?
     size: int = 1 # by how much the progress bar grows
     counts: bool = True # is it to be learned, or only to be read, as a prompt is?
 
 
-def write_documents(folder, pieces_after, source, meta=None, total=None, unit='doc', few='too few documents to hold any out', masked=False):
+def write_documents(folder, pieces_after, source, meta=None, total=None, unit='doc', few='too few documents to hold any out',
+                    much='no document is left to train on', masked=False):
     """
     Write train.bin and val.bin from documents that come in pieces, with <|endoftext|> after each, on all cores, some
-    megabytes in memory at a time. Where an earlier call was interrupted, this one goes on.
+    megabytes in memory at a time. Where an earlier call was interrupted, this one goes on. One that fails leaves nothing.
 
     pieces_after: function(n) -> iterator over Pieces, from the nth on
     source: what the documents are, and how they are tokenized; progress made on another source is thrown away
     meta: of the tokenizer, written to meta.pkl; None: GPT-2's BPE, whose datasets have none
     total: of the progress bar, in units of Piece.size, or None
-    few: the error when one of the splits would be empty
+    few, much: the errors when nothing would be held out, and when everything would
     masked: also write train.mask and val.mask, a byte a token: 1 for those of Pieces that count
     """
     from tqdm import tqdm
@@ -89,11 +90,7 @@ def write_documents(folder, pieces_after, source, meta=None, total=None, unit='d
             progress = saved if there and saved.keys() == progress.keys() and saved['source'] == source else progress
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             pass # a journal that is damaged, or without its files, is none
-    files, noted = {}, time.monotonic()
-    for n, kind in ((width, paths), (1, masks)):
-        for split, path in kind.items():
-            files[path] = open(path + '.partial', 'ab')
-            files[path].truncate(n * progress[split])
+    files, noted, made = {}, time.monotonic(), not os.path.isdir(folder)
 
     def encode(pieces):
         """The ids of each split for consecutive pieces, made in a thread; the tokenizers let others run meanwhile."""
@@ -112,6 +109,8 @@ def write_documents(folder, pieces_after, source, meta=None, total=None, unit='d
         write_whole(journal, lambda f: f.write(json.dumps(progress).encode()))
 
     def write(pieces, encoded):
+        if not masked and not all(piece.counts for piece in pieces):
+            raise ValueError('prompts come after documents without any; prepare them apart')
         now = {**progress, 'pieces': progress['pieces'] + len(pieces), 'size': progress['size'] + sum(piece.size for piece in pieces)}
         for split, (ids, counts) in encoded.result().items():
             ids.tofile(files[paths[split]])
@@ -123,6 +122,11 @@ def write_documents(folder, pieces_after, source, meta=None, total=None, unit='d
 
     cores, done = os.cpu_count(), False
     try:
+        os.makedirs(folder, exist_ok=True)
+        for n, kind in ((width, paths), (1, masks)):
+            for split, path in kind.items():
+                files[path] = open(path + '.partial', 'ab')
+                files[path].truncate(n * progress[split])
         bar = tqdm(total=total, initial=progress['size'], unit=unit, unit_scale=True, desc='tokenizing', disable=None)
         with bar, ThreadPoolExecutor(cores) as pool:
             waiting, batch, length = deque(), [], 0
@@ -141,7 +145,7 @@ def write_documents(folder, pieces_after, source, meta=None, total=None, unit='d
             while waiting:
                 write(*waiting.popleft())
         if not progress['train'] or not progress['val']:
-            raise ValueError(few)
+            raise ValueError(much if progress['val'] else few)
         done = True
     except ValueError: # the input is wrong: nothing to go on from
         progress['pieces'] = 0
@@ -157,6 +161,8 @@ def write_documents(folder, pieces_after, source, meta=None, total=None, unit='d
             for path in (journal, *(path + '.partial' for path in files)):
                 if os.path.exists(path):
                     os.remove(path)
+            if made and os.path.isdir(folder):
+                os.rmdir(folder)
     clear(folder, partial=not masked)
     if meta:
         write_whole(os.path.join(folder, 'meta.pkl'), lambda f: pickle.dump(meta, f))

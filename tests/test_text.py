@@ -72,14 +72,132 @@ def test_every_format_gives_its_documents_and_whole_ones_are_held_out(prepare, t
     assert set(documents(prepare('--tokenizer=byte', '--val_share=0.2'), 'val')) - {'one more document, before the others'} == set(val)
 
 
-def test_of_few_documents_the_end_of_each_is_held_out(prepare, tmp_path):
+def test_of_few_documents_the_end_is_held_out_and_no_end_stands_at_the_cut(prepare, tmp_path):
     for i in range(3):
         (tmp_path / f'{i}.txt').write_text(story(i, 200), encoding='utf-8')
     for name in ('char', 'byte'):
         made = prepare(f'--tokenizer={name}', '--val_share=0.25')
-        train, val = documents(made, 'train'), documents(made, 'val')
-        assert [a + b for a, b in zip(train, val, strict=True)] == [story(i, 200) for i in range(3)]
-        assert all(abs(len(b) / len(a + b) - 0.25) < 0.01 for a, b in zip(train, val))
+        tok = from_meta(load_meta(made / 'meta.pkl'))
+        train, val = (tok.decode(np.fromfile(made / f'{split}.bin', np.uint16).tolist()) for split in ('train', 'val'))
+        whole = ''.join(story(i, 200) + '<|endoftext|>' for i in range(3))
+        assert train + val == whole and train.count('<|endoftext|>') == 2
+        assert abs(len(val) / len(whole) - 0.25) < 0.01
+
+
+SUMS = [f'The sum of {i % 9} and {i // 9} is, if we count well, {i % 9 + i // 9}.' for i in range(99)]
+
+
+@pytest.mark.parametrize('count', [10, 80, 99])
+def test_rows_from_ten_on_are_learned_and_held_out_whole(prepare, tmp_path, count):
+    (tmp_path / 'a.jsonl').write_text('\n'.join(json.dumps({'text': row}) for row in SUMS[:count]))
+    made = prepare('--tokenizer=byte')
+    train, val = documents(made, 'train'), documents(made, 'val')
+    assert sorted(train + val) == sorted(SUMS[:count]) and len(val) == max(1, round(count * 0.05))
+
+
+def test_a_long_text_among_short_ones_is_not_what_is_held_out(prepare, tmp_path):
+    for seed in range(5):
+        rows = [f'note {i} of {seed}' for i in range(11)] + [story(seed, 3000)]
+        (tmp_path / 'a.jsonl').write_text('\n'.join(json.dumps({'text': row}) for row in rows))
+        made = prepare('--tokenizer=byte')
+        assert story(seed, 3000) in documents(made, 'train') and len(documents(made, 'val')) == 1
+
+
+def test_endoftext_in_a_text_ends_a_document_unless_it_is_to_be_text(prepare, tmp_path, project):
+    poems = [story(i) for i in range(40)]
+    (tmp_path / 'a.txt').write_text('<|endoftext|>\n' + '<|endoftext|>\n'.join(poems) + '<|endoftext|>\n', encoding='utf-8')
+    made = prepare('--tokenizer=byte')
+    assert sorted(documents(made, 'train') + documents(made, 'val')) == sorted(poem.removeprefix('\n') for poem in poems)
+    said = project.run('data/text/prepare.py', f'--input={tmp_path}', '--dataset=mine', '--tokenizer=byte').stdout
+    assert 'documents end at 41 <|endoftext|>' in said
+    said = project.run('data/text/prepare.py', f'--input={tmp_path}', '--dataset=mine', '--tokenizer=byte', '--endoftext_splits=False').stdout
+    ids = np.concatenate([np.fromfile(made / f'{split}.bin', np.uint16) for split in ('train', 'val')])
+    assert '41 <|endoftext|> are text' in said and not (ids == 256).any() and bytes(ids.tolist()).count(b'<|endoftext|>') == 41
+
+
+@pytest.mark.parametrize('size', range(1, 40))
+def test_endoftext_splits_wherever_the_pieces_of_a_text_end(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(text, 'PIECE', size)
+    (tmp_path / 'a.txt').write_text('one two' * 90 + '<|endoftext|>\nthree<|endoftext|>four, five six<|endoftext|>' + 'é' * 400 + '<|endoftext|>\n\n')
+    found, current = [], ''
+    for part in text.read(str(tmp_path / 'a.txt'), 'text'):
+        current += part.text
+        if part.ends:
+            found, current = found + [current], ''
+    assert found == ['one two' * 90, 'three', 'four, five six', 'é' * 400] and not current
+
+
+def test_tables_are_read_as_tables(prepare, tmp_path):
+    rows = [{'id': str(i), 'body': f'{story(i)}, "so; it goes"\tand\non', 'ask': f'who is {i}?'} for i in range(60)]
+    import csv
+    def write(name, delimiter=','):
+        with open(tmp_path / name, 'w', newline='', encoding='utf-8-sig') as f:
+            writer = csv.DictWriter(f, rows[0].keys(), delimiter=delimiter)
+            writer.writeheader()
+            writer.writerows(rows)
+    makers = {'a.csv': lambda: write('a.csv'), 'b.csv': lambda: write('b.csv', ';'), 'c.tsv': lambda: write('c.tsv', '\t'),
+              'd.json': lambda: (tmp_path / 'd.json').write_text(json.dumps(rows, indent=1)),
+              'e.json': lambda: (tmp_path / 'e.json').write_text('\n'.join(map(json.dumps, rows))),
+              'f.ndjson': lambda: (tmp_path / 'f.ndjson').write_text('\n'.join(map(json.dumps, rows))),
+              'g.csv.gz': lambda: (write('g.csv'), (tmp_path / 'g.csv.gz').write_bytes(gzip.compress((tmp_path / 'g.csv').read_bytes())),
+                                   (tmp_path / 'g.csv').unlink())}
+    for name, make in makers.items():
+        make()
+        how = ('body',) if name != 'c.tsv' else ('body', 'ask')
+        parts = list(text.read(str(tmp_path / name), *how))
+        expected = [row['body'] if len(how) == 1 else f'{row["ask"]}\n{row["body"]}' for row in rows]
+        assert ''.join(part.text + '#' * part.ends for part in parts) == ''.join(row + '#' for row in expected), name
+        assert [part.counts for part in parts] == ([True] * 60 if len(how) == 1 else [False, True] * 60)
+        (tmp_path / name).unlink()
+    write('a.csv')
+    made = prepare('--tokenizer=byte', '--column=body', '--prompt=ask')
+    assert (made / 'train.mask').exists()
+    assert sorted(documents(made, 'train') + documents(made, 'val')) == sorted(f'{row["ask"]}\n{row["body"]}' for row in rows)
+
+
+def test_settings_in_json_are_text(tmp_path):
+    for content in ('{"compilerOptions": {"strict": true}}', '// a comment\n{"strict": true}', '3'):
+        (tmp_path / 'a.json').write_text(content)
+        assert ''.join(part.text for part in text.read(str(tmp_path / 'a.json'), 'text')) == content
+
+
+def test_of_conversations_the_answers_are_learned(prepare, tmp_path):
+    rows = [{'messages': [{'role': 'system', 'content': 'be brief'}, {'role': 'user', 'content': f'what is {i}?'},
+                          {'role': 'assistant', 'content': f'{i}.<|endoftext|>'}, {'role': 'user', 'content': 'and more?'},
+                          {'role': 'assistant', 'content': f'{i + 1}!'}, {'role': 'user', 'content': 'without answer'}]} for i in range(50)]
+    (tmp_path / 'a.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    made = prepare('--tokenizer=byte')
+    train = np.fromfile(made / 'train.bin', np.uint16)
+    mask = np.fromfile(made / 'train.mask', np.uint8)
+    text_of = lambda ids: from_meta(load_meta(made / 'meta.pkl')).decode(ids.tolist())
+    first = next(i for i in range(50) if text_of(train).startswith(f'be brief\nwhat is {i}?\n'))
+    assert text_of(train).startswith(f'be brief\nwhat is {first}?\n{first}.<|endoftext|>and more?\n{first + 1}!<|endoftext|>be brief')
+    assert text_of(train[mask == 1]).startswith(f'\n{first}.<|endoftext|>\n{first + 1}!<|endoftext|>\n')
+    val = text_of(np.fromfile(made / 'val.bin', np.uint16))
+    assert val.count('be brief') == val.count('and more?') == 2 and 'without answer' not in val + text_of(train)
+    other = [{'conversations': [{'from': 'human' if turn['role'] == 'user' else 'gpt', 'value': turn['content']} for turn in row['messages'][1:]]}
+             for row in rows]
+    (tmp_path / 'a.json').write_text(json.dumps(other))
+    shared = list(text.read(str(tmp_path / 'a.json'), 'conversations'))
+    assert [part.text for part in shared[:4]] == ['what is 0?', '\n0.', 'and more?', '\n1!']
+
+
+def test_reading_walks_over_no_text_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(text, 'PIECE', 1000)
+    looked = 0
+
+    class Break:
+        def match(self, rest, start):
+            nonlocal looked
+            looked += len(rest) - start
+            return text_break.match(rest, start)
+    text_break = text.BREAK
+    monkeypatch.setattr(text, 'BREAK', Break())
+    for content in ('12 34 ' * 20_000, ' ' * 100_000, '漢字' * 50_000, 'to be or not ' * 8000):
+        looked = 0
+        (tmp_path / 'a.txt').write_text(content, encoding='utf-8')
+        assert ''.join(part.text for part in text.read(str(tmp_path / 'a.txt'), 'text')) == content
+        assert looked < 1.1 * len(content)
 
 
 def test_pieces_of_a_long_text_give_the_same_tokens_as_the_whole(tmp_path, monkeypatch):
@@ -88,16 +206,16 @@ def test_pieces_of_a_long_text_give_the_same_tokens_as_the_whole(tmp_path, monke
     whole = whole.replace('\r\n', '\n')
     monkeypatch.setattr(text, 'PIECE', 1000)
     pieces = list(text.read(str(tmp_path / 'long.txt'), 'text'))
-    assert ''.join(piece for piece, _, _ in pieces) == whole and len(pieces) > 50
-    assert [ends for _, ends, _ in pieces] == [False] * (len(pieces) - 1) + [True]
+    assert ''.join(piece.text for piece in pieces) == whole and len(pieces) > 50
+    assert [piece.ends for piece in pieces] == [False] * (len(pieces) - 1) + [True]
     bpe = from_meta(make_meta('train', 600, [whole]))
-    assert np.concatenate([bpe.to_array(piece) for piece, _, _ in pieces]).tolist() == bpe.to_array(whole).tolist() == bpe.encode(whole)
+    assert np.concatenate([bpe.to_array(piece.text) for piece in pieces]).tolist() == bpe.to_array(whole).tolist() == bpe.encode(whole)
 
 
 def test_a_text_without_lines_comes_in_pieces_too(tmp_path, monkeypatch):
     monkeypatch.setattr(text, 'PIECE', 100)
     (tmp_path / 'long.txt').write_text('ä' * 20_000, encoding='utf-8')
-    pieces = [piece for piece, _, _ in text.read(str(tmp_path / 'long.txt'), 'text')]
+    pieces = [piece.text for piece in text.read(str(tmp_path / 'long.txt'), 'text')]
     assert ''.join(pieces) == 'ä' * 20_000 and max(map(len, pieces)) < 2000
 
 
@@ -170,6 +288,23 @@ def test_a_meta_that_describes_no_tokenizer_is_refused(meta):
     ({'a.jsonl': b'{"text": "hello"\n'}, [], 'a.jsonl:1 is not JSON'),
     ({'a.jsonl': b'[' * 100_000}, [], 'a.jsonl:1 is not JSON'),
     ({'a.txt': b'text ' * 100}, ['--vocab_size=500'], 'vocab_size is that of --tokenizer=train'),
+    ({'a.csv': b'id,body\n1,hello\n'}, [], "a.csv:2 has no text 'text'; it has id, body; try --column=..."),
+    ({'a.csv': b'id,text\n1,hello, you\n'}, [], 'a.csv:2 has 3 fields, its header 2'),
+    ({'a.csv': b'id,text\n1,"hello\n'}, [], 'a.csv:2 is not as a .csv should be'),
+    ({'a.json': b'[{"text": "hello"}, {"te'}, [], 'a.json is not JSON'),
+    ({'a.json': b'[{"text": "hello"}, 3]'}, [], "a.json: row 2 has no text 'text'; it has a int"),
+    ({'a.json': b'{"strict": true}'}, ['--column=body'], 'a.json is no table'),
+    ({'a.jsonl': b'{"messages": [{"role": "user", "content": "hi"}]}'}, [], 'has no answer to learn'),
+    ({'a.jsonl': b'{"messages": [{"role": "user"}]}'}, [], 'message 1 needs a role and content'),
+    ({'a.jsonl': b'{"text": "one and the same text"}\n' * 20}, [], 'two documents that begin differently'),
+    ({'a.jsonl': b'{"text": "yes", "ask": "what?"}\n' * 90}, ['--prompt=ask'], 'two documents that begin differently'),
+    ({'a.txt': b'text ' * 100}, ['--val_share=0.999999', '--tokenizer=byte'], 'val_share=0.999999 leaves nothing to train on; lower it'),
+    ({'a.txt': b'text ' * 100}, ['--val_share=1e-17', '--tokenizer=byte'], 'val_share=1e-17 holds nothing out; raise it'),
+    ({'a.jsonl': b''.join(b'{"text": "row %d"}\n' % i for i in range(200))}, ['--val_share=0.999999', '--tokenizer=byte'], 'lower it'),
+    ({'a.txt': b'text ' * 100}, ['--val_share=nan'], 'val_share takes float'),
+    ({'a.txt': b'text ' * 100}, ['--val_share=1e999'], 'val_share takes a finite number'),
+    ({'a.txt': b'text ' * 100}, ['--val_share=-0.5'], 'must be between 0 and 1'),
+    ({'a.txt': b'text ' * 100}, ['--tokenizer=train', f'--vocab_size={10**30}'], 'vocab_size takes a finite number'),
     ({'a.parquet': b'hello'}, [], 'is no Parquet file'),
     ({'a.txt.gz': b'hello'}, [], 'is no whole gzip file'),
     ({'a.txt': b'text ' * 100}, ['--tokenizer=no/where'], "tokenizer='no/where' is none of 'char'"),
@@ -184,7 +319,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(project, tmp_path, files, flag
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     assert message in project.error('data/text/prepare.py', f'--input={tmp_path}', '--dataset=bad', *flags)
-    assert not (project.path / 'data' / 'bad').exists() or not os.listdir(project.path / 'data' / 'bad')
+    assert not (project.path / 'data' / 'bad').exists()
 
 
 def test_a_stream_that_breaks_off_is_one_line():
@@ -253,12 +388,22 @@ def test_a_tokenizer_file_that_cuts_texts_short_is_told_not_to(tmp_path):
 
 def test_half_a_character_in_json_becomes_a_replacement(tmp_path):
     (tmp_path / 'a.jsonl').write_text('{"text": "cut \\ud83d here"}\n' * 120)
-    assert {piece for piece, _, _ in text.read(str(tmp_path / 'a.jsonl'), 'text')} == {'cut \ufffd here'}
+    assert {piece.text for piece in text.read(str(tmp_path / 'a.jsonl'), 'text')} == {'cut \ufffd here'}
 
 
 def test_endoftext_is_read_and_written_by_bytes_too():
     tok = from_meta({'tokenizer': 'byte', 'vocab_size': 257})
     assert tok.encode('ä<|endoftext|>b') == [0xc3, 0xa4, 256, 98] and tok.decode([0xc3, 0xa4, 256, 98]) == 'ä<|endoftext|>b'
+
+
+def test_endoftext_in_a_prompt_of_characters_is_the_token():
+    meta = make_meta('char', characters={'a', 'b', '<|endoftext|>'})
+    tok = from_meta(meta)
+    assert tok.encode('<|endoftext|>ab<|endoftext|>') == [2, 0, 1, 2] and tok.encode('') == []
+    with pytest.raises(ValueError, match="the vocabulary lacks '<'"):
+        tok.to_array('<|endoftext|>')
+    with pytest.raises(ValueError, match="the vocabulary lacks '<'"):
+        from_meta(char_meta('ab')).encode('<|endoftext|>')
 
 
 def test_another_tokenizer_does_not_go_on_with_the_work_of_one(tmp_path):
@@ -278,8 +423,8 @@ def test_another_tokenizer_does_not_go_on_with_the_work_of_one(tmp_path):
 
 
 def test_texts_that_differ_in_a_few_digits_are_held_out_too():
-    pieces = ((piece, ends, 1) for i in range(200) for piece, ends in ((f'what is {i}?', False), ('\nwho knows', True)))
-    held_out = [piece for piece in text.split(pieces, [20] * 100, 0.05, prompts=True) if piece.split == 'val']
+    pieces = (text.Part(piece, ends, 1, ends) for i in range(200) for piece, ends in ((f'what is {i}?', False), ('\nwho knows', True)))
+    held_out = [piece for piece in text.split(pieces, [(20, 0)] * 100, 0.05, prompts=True) if piece.split == 'val']
     assert 4 <= len(held_out) <= 40
 
 

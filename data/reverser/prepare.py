@@ -22,18 +22,21 @@ import numpy as np
 
 from data.lines import write_lines
 
-ALPHABETS = string.ascii_lowercase, string.ascii_letters, string.ascii_letters + string.digits, string.ascii_lowercase
-NAMES = 'lower case', 'mixed case', 'letters and digits', 'with spaces'
+LOWER, LETTERS = string.ascii_lowercase, string.ascii_letters
+BOTH = LETTERS + string.digits
+ALPHABETS = LOWER, LETTERS, BOTH, LOWER, BOTH
+NAMES = ('lower case', 'mixed case', 'letters and digits', 'with spaces',
+         'letters, digits and spaces')
 
 
 def make(rng, n):
-    """n strings of 3 to 25 characters, of the four kinds in equal shares, and their reversals (n, 25)."""
-    kind, length, place = rng.integers(4, size=n), rng.integers(3, 26, n), np.arange(25)
+    """n strings of 3 to 25 characters and their reversals (n, 25), fewer of the last kind."""
+    kind, length, place = rng.integers(9, size=n) // 2, rng.integers(3, 26, n), np.arange(25)
     text = np.zeros((n, 25), dtype=np.uint8)
     for k, alphabet in enumerate(ALPHABETS):
         text[kind == k] = rng.choice(np.frombuffer(alphabet.encode(), np.uint8), ((kind == k).sum(), 25))
     inner = (place > 0) & (place < length[:, None] - 1)
-    text[(rng.random((n, 25)) < 0.15) & inner & (kind == 3)[:, None]] = ord(' ')
+    text[(rng.random((n, 25)) < 0.15) & inner & (kind >= 3)[:, None]] = ord(' ')
     text[place >= length[:, None]] = 0
     back = np.take_along_axis(text, np.maximum(length[:, None] - 1 - place, 0), axis=1)
     back[place >= length[:, None]] = 0
@@ -42,8 +45,16 @@ def make(rng, n):
 
 def kinds(question):
     """[(column, kind)] under which eval.py counts this question."""
-    last = 3 if ' ' in question else 2 if any(map(str.isdigit, question)) else 0 if question.islower() else 1
+    plain, digits = question.islower(), any(map(str.isdigit, question))
+    last = 2 if digits else 0 if plain else 1
+    if ' ' in question:
+        last = 3 if plain and not digits else 4
     return [('characters', f'{len(question):2d}'), ('kind', NAMES[last])]
+
+
+def answer(question):
+    """The reversal."""
+    return question[::-1]
 
 
 if __name__ == '__main__':

@@ -5,6 +5,7 @@ Expressions in words and in digits, twenty three plus four times seven=23+4*7: i
 """
 
 import os
+import re
 import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -52,15 +53,55 @@ def numbers(rng, n):
     return np.hstack(words), np.hstack(digits)
 
 
-def make(rng, n):
-    """n expressions of one or two operations in words and in digits."""
-    two = rng.integers(2, size=(n, 1)) == 1
+def joined_numbers(rng, n):
+    """
+    n numbers in PopGPT's words and in digits, twentyseven and negativefourteen: half up to 20, four
+    in ten up to 100, the others up to 999; three in twenty negative.
+    """
+    size, high = rng.random(n), np.array([21, 101, 1000])
+    group = (size > 0.5).astype(int) + (size > 0.9)
+    whole = rng.integers(np.array([1, 21, 100])[group], high[group])
+    whole[(whole == 100) & (rng.random(n) < 0.5)] = 1000 # 'hundred' alone
+    minus = rng.random((n, 1)) < 0.15
+    words = [letters(['negative']) * minus, JOINED_WORDS[whole]]
+    return np.hstack(words), np.hstack([letters(['-']) * minus, JOINED_DIGITS[whole]])
+
+
+def make(rng, n, numbers=numbers, most=2):
+    """n expressions of one to `most` operations in words and in digits."""
+    operations = rng.integers(1, most + 1, size=(n, 1))
     columns = [numbers(rng, n)]
-    for there in (True, two):
-        operator = rng.integers(4, size=n)
+    for i in range(most):
+        there, operator = operations > i, rng.integers(4, size=n)
         columns.append(tuple(letters(table)[operator] * there for table in (OPERATORS.values(), OPERATORS)))
         columns.append(tuple(part * there for part in numbers(rng, n)))
     return tuple(np.hstack(parts) for parts in zip(*columns))
+
+
+def make_both(rng, n):
+    """n expressions, one in ten in PopGPT's words and of up to three operations."""
+    joined = rng.random((n, 1)) < 0.1
+    plain, popgpt = make(rng, n), make(rng, n, joined_numbers, most=3)
+    return tuple(np.hstack([a * ~joined, b * joined]) for a, b in zip(plain, popgpt))
+
+
+def in_digits(text):
+    """The digits of a number in words, with spaces or joined. KeyError where it is none."""
+    whole, point, decimals = re.sub('^(minus |negative)', '', text).partition(' point ')
+    digits = VALUES[whole.replace(' ', '')]
+    if point:
+        digits += '.' + ''.join(VALUES[word] for word in decimals.split())
+    return digits if text.startswith(whole) else f'-{digits}'
+
+
+def answer(question):
+    """The expression in digits, None where it has other words."""
+    parts = re.split(f'({"|".join(OPERATORS.values())})', question)
+    signs = {word: sign for sign, word in OPERATORS.items()}
+    try:
+        return ''.join(signs.get(part) or in_digits(part) for part in parts)
+    except KeyError:
+        return None
 
 
 def kinds(question):
@@ -72,6 +113,9 @@ def kinds(question):
 
 
 WHOLE_WORDS, WHOLE_DIGITS = letters([in_words(i) for i in range(10000)]), letters([str(i) for i in range(10000)])
+VALUES = {in_words(i).replace(' ', ''): str(i) for i in range(10000)} | {'hundred': '100'}
+JOINED_WORDS = letters([in_words(i).replace(' ', '') for i in range(1000)] + ['hundred'])
+JOINED_DIGITS = letters([str(i) for i in range(1000)] + ['100'])
 
 if __name__ == '__main__':
-    write_lines(HERE, make, num_examples, seed)
+    write_lines(HERE, make_both, num_examples, seed)
