@@ -1,12 +1,15 @@
 import json
+import os
+import sys
 
 import pytest
 import torch
 
 from checkpoint import open_model
 from conftest import write_dataset
-from convert import fast_tokenizer, from_pretrained, to_transformers
-from data.tokenizer import GPT2, char_meta, from_meta, make_meta, same_tokenizer
+from convert import from_pretrained, to_transformers, tokenizer_files
+from data.tokenizer import GPT2, char_meta, from_meta, gpt2_encoding, make_meta, same_tokenizer
+from generate import stream
 from model import GPT, GPTConfig
 from test_model import MODERN
 from test_train import nanogpt_checkpoint
@@ -58,8 +61,11 @@ def test_the_tokenizer_goes_along_and_comes_back(meta, tmp_path):
     again = from_pretrained(str(tmp_path / 'hf'))[1]
     assert from_meta(again).encode(TEXT) == own.encode(TEXT) and from_meta(again).eot == own.eot
     model = AutoModelForCausalLM.from_pretrained(tmp_path / 'hf').eval()
-    made = model.generate(torch.tensor([own.encode('To be')]), max_new_tokens=15)
-    assert made.max() < own.vocab_size # ids that stand for nothing are suppressed
+    assert model.config.vocab_size == own.vocab_size == len(tokenizer) # without the padding
+    idx = torch.tensor([own.encode('To be')])
+    with torch.no_grad():
+        logits = ours(idx, idx)[0][..., :own.vocab_size]
+        torch.testing.assert_close(model(idx).logits, logits, rtol=0, atol=1e-4)
 
 
 def test_a_classic_model_with_a_character_vocabulary_loads_by_auto_classes(tmp_path):
@@ -69,16 +75,58 @@ def test_a_classic_model_with_a_character_vocabulary_loads_by_auto_classes(tmp_p
     assert AutoTokenizer.from_pretrained(tmp_path / 'hf')(TEXT)['input_ids'] == from_meta(meta).encode(TEXT)
 
 
-def test_gpt2s_own_tokenizer_is_recognised(tmp_path):
+@pytest.fixture(scope='module')
+def gpt2(tmp_path_factory):
+    """(a small network with GPT-2's BPE and padding, the folder that it is exported to)"""
     try:
-        fast = fast_tokenizer(GPT2, 1024)
+        gpt2_encoding()
     except OSError:
         pytest.skip('GPT-2 vocabulary not on this machine')
+    model, folder = scrambled(vocab_size=50304, n_embd=8, block_size=64), tmp_path_factory.mktemp('gpt2') / 'hf'
+    to_transformers(model, GPT2, str(folder))
+    return model, folder
+
+
+def test_gpt2s_own_tokenizer_is_recognised(gpt2):
+    from transformers import AutoTokenizer
     text = TEXT + "It's   spaced, isn't it? <|endoftext|>"
-    assert fast(text)['input_ids'] == from_meta(GPT2).encode(text)
-    to_transformers(scrambled(vocab_size=50304, n_embd=8), GPT2, str(tmp_path / 'hf'))
-    assert from_pretrained(str(tmp_path / 'hf'))[1] == GPT2
-    assert json.loads((tmp_path / 'hf' / 'generation_config.json').read_text())['suppress_tokens'] == list(range(50257, 50304))
+    tokenizer = AutoTokenizer.from_pretrained(gpt2[1])
+    assert tokenizer(text)['input_ids'] == from_meta(GPT2).encode(text)
+    assert {tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token} == {'<|endoftext|>'} # as in OpenAI's
+    back, meta = from_pretrained(str(gpt2[1]))
+    assert meta == GPT2 and back.config.vocab_size == 50257
+
+
+def test_the_files_say_what_other_readers_ask_for(gpt2):
+    read = lambda name: json.loads((gpt2[1] / name).read_text(encoding='utf-8'))
+    assert read('config.json')['n_ctx'] == 64 # llama.cpp
+    assert read('tokenizer_config.json')['tokenizer_class'] == 'PreTrainedTokenizerFast' # transformers 4
+    assert 'suppress_tokens' not in read('generation_config.json')
+    if os.name == 'posix': # an engine may run as another user
+        assert len({path.stat().st_mode for path in gpt2[1].iterdir()}) == 1
+
+
+@pytest.mark.parametrize('kind', ['gpt2', 'byte', 'trained', 'char'])
+def test_ctranslate2_writes_the_same_greedy_text(kind, request, tmp_path):
+    ctranslate2 = pytest.importorskip('ctranslate2', reason='ctranslate2 is not installed: pip install -e .[test]')
+    if kind == 'gpt2':
+        meta, (model, folder) = GPT2, request.getfixturevalue('gpt2')
+    else:
+        characters = set(TEXT) | {'<|endoftext|>'}
+        meta = {'byte': make_meta('byte'), 'trained': make_meta('train', 300, [TEXT * 5]),
+                'char': make_meta('char', characters=characters)}[kind]
+        model, folder = scrambled(vocab_size=320, block_size=64), tmp_path / 'hf'
+        to_transformers(model, meta, str(folder))
+    from ctranslate2.converters import TransformersConverter
+    TransformersConverter(str(folder)).convert(str(tmp_path / 'engine'))
+    engine, tokenizer = ctranslate2.Generator(str(tmp_path / 'engine')), from_meta(meta)
+    words = json.loads((tmp_path / 'engine' / 'vocabulary.json').read_text(encoding='utf-8'))
+    assert len(words) == tokenizer.vocab_size
+    for prompt in ('To be', ' or not', 'Zwölf\n'):
+        ids = tokenizer.encode(prompt)
+        theirs = engine.generate_batch([[words[i] for i in ids]], max_length=30, end_token=[], include_prompt_in_result=False)
+        ours = stream(model, [ids], 30, temperature=0, vocab_size=tokenizer.vocab_size)
+        assert theirs[0].sequences_ids[0] == [int(token) for token in ours]
 
 
 @pytest.mark.parametrize('knobs, named', [
@@ -122,17 +170,38 @@ def test_bad_input_is_one_line_and_writes_nothing(project, trained, flags, messa
     assert message in project.error('convert.py', *flags) and not (project.path / 'x').exists()
 
 
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='limits of file sizes, and /proc')
+@pytest.mark.parametrize('to', ['transformers', 'flatgpt'])
+def test_a_disk_that_does_not_take_it_is_one_line_and_nothing_stays(project, trained, tmp_path, to):
+    flags = ['convert.py', '--init_from=out-trained', f'--to={to}']
+    launcher = ['bash', '-c', 'ulimit -f 8; exec "$@"', 'bash', sys.executable] # in KiB: small files only
+    done = project.run(*flags, f'--output={tmp_path}/full', launcher=launcher, check=False)
+    lines = done.stderr.splitlines()
+    assert done.returncode == 1 and len(lines) == 1, done.stderr
+    assert lines[0].startswith(f'error: {tmp_path}/full cannot be written: ') and 'File too large' in lines[0]
+    assert not list(tmp_path.iterdir())
+    assert '/proc/hf cannot be made: No such file or directory' in project.error(*flags, '--output=/proc/hf')
+    (tmp_path / 'link').symlink_to('nowhere')
+    assert 'must be a new folder' in project.error(*flags, f'--output={tmp_path}/link')
+    project.run(*flags, f'--output={tmp_path}/full/') # and now it is taken
+
+
 def test_special_tokens_of_tiktoken_keep_their_ids(monkeypatch):
     """As in cl100k_base: with ids between the last word and the first special token that stand for nothing."""
     import tiktoken
+    import tokenizers
     bpe = tiktoken.Encoding('gaps', pat_str=r'\w+|\W', mergeable_ranks={**{bytes([i]): i for i in range(256)}, b'to': 256, b'be': 257},
                             special_tokens={'<|fim_prefix|>': 262, '<|endoftext|>': 260})
     for module in ('convert', 'data.tokenizer'):
         monkeypatch.setattr(f'{module}.tiktoken_encoding', lambda name: bpe)
     meta = {'tokenizer': 'tiktoken', 'name': 'gaps', 'vocab_size': 263}
-    tokenizer, own = fast_tokenizer(meta, 64), from_meta(meta)
-    assert tokenizer(TEXT)['input_ids'] == own.encode(TEXT) and tokenizer.eos_token_id == own.eot == 260
-    assert tokenizer.decode([256, 260, 262]) == own.decode([256, 260, 262]) == 'to<|endoftext|><|fim_prefix|>'
+    files, own = tokenizer_files(meta, 64), from_meta(meta)
+    tokenizer = tokenizers.Tokenizer.from_str(files['tokenizer.json'])
+    assert tokenizer.encode(TEXT).ids == own.encode(TEXT) and own.eot == tokenizer.token_to_id('<|endoftext|>') == 260
+    assert json.loads(files['tokenizer_config.json'])['eos_token'] == '<|endoftext|>'
+    assert tokenizer.decode([256, 260, 262], skip_special_tokens=False) == own.decode([256, 260, 262]) == 'to<|endoftext|><|fim_prefix|>'
+    assert sorted(tokenizer.get_vocab().values()) == list(range(263)) # a name for each, for readers that count them
+    assert tokenizer.encode('<|unused 258|>').ids == own.encode('<|unused 258|>')
     assert own.decode([256, 258, 259, 257]) == 'tobe'
 
 
