@@ -157,7 +157,9 @@ def new_folder(path):
         yield partial
         os.replace(partial, path)
     except (OSError, SafetensorError) as e:
-        cause = e.__cause__ or e
+        cause = e
+        while cause.__context__ and not getattr(cause, 'strerror', None): # torch wraps what the disk said
+            cause = cause.__context__
         fail(f'{path} cannot be written: {getattr(cause, "strerror", None) or cause}', 1)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

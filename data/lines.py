@@ -101,6 +101,8 @@ def write_lines(folder, make, num_examples, seed, mark='=', val_share=0.05):
         raise ValueError(f'seed={seed} must not be negative')
     if num_examples < 1000:
         raise ValueError(f'num_examples={num_examples} must be at least 1000, so that there are some to hold out')
+    if num_examples > 10**9:
+        raise ValueError(f'num_examples={num_examples} must be at most 1,000,000,000')
     rng = np.random.default_rng(seed)
     ids = np.zeros(256, dtype=np.uint16)
     for char, i in ASCII['stoi'].items():

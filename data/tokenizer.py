@@ -72,15 +72,17 @@ def from_meta(meta):
             raise ValueError(f'the vocabulary lacks {", ".join(map(repr, missing[:5]))}; it has {"".join(sorted(set(stoi) - {itos.get(eot)}))!r}')
         return ids
 
-    encode = lambda text: encode_marked(text, itos.get(eot), eot, lambda part: to_array(part).tolist())
-    return Tokenizer(encode, lambda ids: ''.join(itos[i] for i in ids), meta['vocab_size'], to_array, eot)
+    to_list = lambda text: to_array(text).tolist()
+    return Tokenizer(lambda text: encode_marked(text, itos.get(eot), eot, to_list),
+                     lambda ids: ''.join(itos[i] for i in ids), meta['vocab_size'], to_array, eot)
 
 
 def encode_marked(text, mark, eot, encode):
     """The ids of a text in which `mark`, unless it is None, stands for the id `eot`."""
     if not mark:
         return encode(text)
-    return [i for part in re.split(f'({re.escape(mark)})', text) for i in ([eot] if part == mark else encode(part))]
+    parts = re.split(f'({re.escape(mark)})', text)
+    return [i for part in parts for i in ([eot] if part == mark else encode(part))]
 
 
 def continuation(tokenizer, before, new):

@@ -62,11 +62,13 @@ class Piece(NamedTuple):
     counts: bool = True # is it to be learned, or only to be read, as a prompt is?
 
 
-def write_documents(folder, pieces_after, source, meta=None, total=None, unit='doc', few='too few documents to hold any out',
-                    much='no document is left to train on', masked=False):
+def write_documents(folder, pieces_after, source, meta=None, total=None, unit='doc',
+                    few='too few documents to hold any out', much='no document is left to train on',
+                    masked=False):
     """
-    Write train.bin and val.bin from documents that come in pieces, with <|endoftext|> after each, on all cores, some
-    megabytes in memory at a time. Where an earlier call was interrupted, this one goes on. One that fails leaves nothing.
+    Write train.bin and val.bin from documents that come in pieces, with <|endoftext|> after each,
+    on all cores, some megabytes in memory at a time. Where an earlier call was interrupted, this
+    one goes on. One that fails leaves nothing.
 
     pieces_after: function(n) -> iterator over Pieces, from the nth on
     source: what the documents are, and how they are tokenized; progress made on another source is thrown away

@@ -163,6 +163,20 @@ def test_a_run_goes_out_by_one_command_and_back_by_another(project, trained, tmp
     assert len(project.run('sample.py', f'--init_from={out}', '--device=cpu', '--start=to', '--num_samples=1', '--max_new_tokens=5').stdout) > 5
 
 
+@pytest.mark.parametrize('knobs', [dict(), MODERN])
+def test_exported_weights_without_their_padding_are_trained_on(knobs, project, tmp_path):
+    hf, out = tmp_path / 'hf', tmp_path / 'out'
+    meta = make_meta('train', 300, [TEXT * 5])
+    to_transformers(scrambled(vocab_size=320, **knobs), meta, str(hf))
+    (tmp_path / 'text.txt').write_text(TEXT * 200, encoding='utf-8')
+    name = f'again{len(knobs)}'
+    project.run('data/text/prepare.py', f'--input={tmp_path}/text.txt', f'--tokenizer={hf}', f'--dataset={name}')
+    project.run('train.py', '--device=cpu', '--compile=False', f'--dataset={name}', f'--init_from={hf}', f'--out_dir={out}',
+                '--block_size=16', '--batch_size=4', '--gradient_accumulation_steps=1', '--eval_iters=2', '--max_iters=3')
+    assert open_model(str(out))[0].config.vocab_size == meta['vocab_size']
+    project.run('sample.py', f'--out_dir={out}', '--device=cpu', '--start=To', '--num_samples=1', '--max_new_tokens=5')
+
+
 @pytest.mark.parametrize('flags, message', [(['--init_from=out-trained'], 'must be a new folder'), (['--init_from=out-trained', '--output=data'], 'must be a new folder'),
                                             (['--init_from=out-trained', '--output=no/where'], 'is not there'), (['--init_from=nowhere', '--output=x'], 'nowhere not found'),
                                             (['--init_from=out-trained', '--output=x', '--to=gguf'], "to='gguf' is none of")])

@@ -1,4 +1,6 @@
+import csv
 import gzip
+import io
 import json
 import os
 import pickle
@@ -78,13 +80,14 @@ def test_of_few_documents_the_end_is_held_out_and_no_end_stands_at_the_cut(prepa
     for name in ('char', 'byte'):
         made = prepare(f'--tokenizer={name}', '--val_share=0.25')
         tok = from_meta(load_meta(made / 'meta.pkl'))
-        train, val = (tok.decode(np.fromfile(made / f'{split}.bin', np.uint16).tolist()) for split in ('train', 'val'))
+        ids = {split: np.fromfile(made / f'{split}.bin', np.uint16).tolist() for split in ('train', 'val')}
+        train, val = tok.decode(ids['train']), tok.decode(ids['val'])
         whole = ''.join(story(i, 200) + '<|endoftext|>' for i in range(3))
         assert train + val == whole and train.count('<|endoftext|>') == 2
         assert abs(len(val) / len(whole) - 0.25) < 0.01
 
 
-SUMS = [f'The sum of {i % 9} and {i // 9} is, if we count well, {i % 9 + i // 9}.' for i in range(99)]
+SUMS = [f'The sum of {i % 9} and {i // 9} is, we count, {i % 9 + i // 9}.' for i in range(99)]
 
 
 @pytest.mark.parametrize('count', [10, 80, 99])
@@ -105,54 +108,69 @@ def test_a_long_text_among_short_ones_is_not_what_is_held_out(prepare, tmp_path)
 
 def test_endoftext_in_a_text_ends_a_document_unless_it_is_to_be_text(prepare, tmp_path, project):
     poems = [story(i) for i in range(40)]
-    (tmp_path / 'a.txt').write_text('<|endoftext|>\n' + '<|endoftext|>\n'.join(poems) + '<|endoftext|>\n', encoding='utf-8')
+    whole = '<|endoftext|>\n'.join(['', *poems, ''])
+    (tmp_path / 'a.txt').write_text(whole, encoding='utf-8')
     made = prepare('--tokenizer=byte')
-    assert sorted(documents(made, 'train') + documents(made, 'val')) == sorted(poem.removeprefix('\n') for poem in poems)
-    said = project.run('data/text/prepare.py', f'--input={tmp_path}', '--dataset=mine', '--tokenizer=byte').stdout
+    assert sorted(documents(made, 'train') + documents(made, 'val')) == sorted(poems)
+    command = ['data/text/prepare.py', f'--input={tmp_path}', '--dataset=mine', '--tokenizer=byte']
+    said = project.run(*command).stdout
     assert 'documents end at 41 <|endoftext|>' in said
-    said = project.run('data/text/prepare.py', f'--input={tmp_path}', '--dataset=mine', '--tokenizer=byte', '--endoftext_splits=False').stdout
-    ids = np.concatenate([np.fromfile(made / f'{split}.bin', np.uint16) for split in ('train', 'val')])
-    assert '41 <|endoftext|> are text' in said and not (ids == 256).any() and bytes(ids.tolist()).count(b'<|endoftext|>') == 41
+    said = project.run(*command, '--endoftext_splits=False').stdout
+    ids = [i for name in ('train.bin', 'val.bin') for i in np.fromfile(made / name, np.uint16).tolist()]
+    assert '41 <|endoftext|> are text' in said
+    assert bytes(ids).count(b'<|endoftext|>') == 41 # so 256 is not among them
 
 
 @pytest.mark.parametrize('size', range(1, 40))
 def test_endoftext_splits_wherever_the_pieces_of_a_text_end(tmp_path, monkeypatch, size):
     monkeypatch.setattr(text, 'PIECE', size)
-    (tmp_path / 'a.txt').write_text('one two' * 90 + '<|endoftext|>\nthree<|endoftext|>four, five six<|endoftext|>' + 'é' * 400 + '<|endoftext|>\n\n')
+    documents = ['one two' * 90, 'three', 'four, five six', 'é' * 400]
+    (tmp_path / 'a.txt').write_text('<|endoftext|>\n'.join(documents) + '<|endoftext|>\n\n', encoding='utf-8')
     found, current = [], ''
     for part in text.read(str(tmp_path / 'a.txt'), 'text'):
         current += part.text
         if part.ends:
             found, current = found + [current], ''
-    assert found == ['one two' * 90, 'three', 'four, five six', 'é' * 400] and not current
+    assert found == documents and not current
 
 
-def test_tables_are_read_as_tables(prepare, tmp_path):
-    rows = [{'id': str(i), 'body': f'{story(i)}, "so; it goes"\tand\non', 'ask': f'who is {i}?'} for i in range(60)]
-    import csv
-    def write(name, delimiter=','):
-        with open(tmp_path / name, 'w', newline='', encoding='utf-8-sig') as f:
-            writer = csv.DictWriter(f, rows[0].keys(), delimiter=delimiter)
-            writer.writeheader()
-            writer.writerows(rows)
-    makers = {'a.csv': lambda: write('a.csv'), 'b.csv': lambda: write('b.csv', ';'), 'c.tsv': lambda: write('c.tsv', '\t'),
-              'd.json': lambda: (tmp_path / 'd.json').write_text(json.dumps(rows, indent=1)),
-              'e.json': lambda: (tmp_path / 'e.json').write_text('\n'.join(map(json.dumps, rows))),
-              'f.ndjson': lambda: (tmp_path / 'f.ndjson').write_text('\n'.join(map(json.dumps, rows))),
-              'g.csv.gz': lambda: (write('g.csv'), (tmp_path / 'g.csv.gz').write_bytes(gzip.compress((tmp_path / 'g.csv').read_bytes())),
-                                   (tmp_path / 'g.csv').unlink())}
-    for name, make in makers.items():
-        make()
-        how = ('body',) if name != 'c.tsv' else ('body', 'ask')
-        parts = list(text.read(str(tmp_path / name), *how))
-        expected = [row['body'] if len(how) == 1 else f'{row["ask"]}\n{row["body"]}' for row in rows]
-        assert ''.join(part.text + '#' * part.ends for part in parts) == ''.join(row + '#' for row in expected), name
-        assert [part.counts for part in parts] == ([True] * 60 if len(how) == 1 else [False, True] * 60)
-        (tmp_path / name).unlink()
-    write('a.csv')
+TABLE = [{'id': str(i), 'body': f'{story(i)}, "so; it goes"\tand\non', 'ask': f'who is {i}?'}
+         for i in range(60)]
+
+
+def csv_of(delimiter):
+    out = io.StringIO()
+    writer = csv.DictWriter(out, TABLE[0].keys(), delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(TABLE)
+    return out.getvalue().encode('utf-8-sig')
+
+
+@pytest.mark.parametrize('name, content', [
+    ('a.csv', csv_of(',')), ('a.csv', csv_of(';')), ('a.csv', csv_of('\t')), ('a.tsv', csv_of('\t')),
+    ('a.csv.gz', gzip.compress(csv_of(','))),
+    ('a.json', json.dumps(TABLE, indent=1).encode()),
+    ('a.json', '\n'.join(map(json.dumps, TABLE)).encode()),
+    ('a.ndjson', '\n'.join(map(json.dumps, TABLE)).encode()),
+])
+def test_tables_are_read_as_tables(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    parts = list(text.read(str(tmp_path / name), 'body'))
+    assert [part.text for part in parts] == [row['body'] for row in TABLE]
+    assert all(part.ends and part.counts for part in parts)
+    parts = list(text.read(str(tmp_path / name), 'body', 'ask'))
+    assert [part.text for part in parts[::2]] == [row['ask'] for row in TABLE]
+    assert [part.text for part in parts[1::2]] == ['\n' + row['body'] for row in TABLE]
+    assert [part.counts for part in parts] == [False, True] * 60
+
+
+def test_prompts_in_csv_are_not_learned(prepare, tmp_path):
+    (tmp_path / 'a.csv').write_bytes(csv_of(','))
     made = prepare('--tokenizer=byte', '--column=body', '--prompt=ask')
-    assert (made / 'train.mask').exists()
-    assert sorted(documents(made, 'train') + documents(made, 'val')) == sorted(f'{row["ask"]}\n{row["body"]}' for row in rows)
+    found = documents(made, 'train') + documents(made, 'val')
+    assert sorted(found) == sorted(f'{row["ask"]}\n{row["body"]}' for row in TABLE)
+    ids, counts = np.fromfile(made / 'train.bin', np.uint16), np.fromfile(made / 'train.mask', np.uint8)
+    assert b'who is' not in bytes(i for i in ids[counts == 1].tolist() if i < 256)
 
 
 def test_settings_in_json_are_text(tmp_path):
@@ -161,25 +179,34 @@ def test_settings_in_json_are_text(tmp_path):
         assert ''.join(part.text for part in text.read(str(tmp_path / 'a.json'), 'text')) == content
 
 
+def chat(i):
+    turns = ['be brief', f'what is {i}?', f'{i}.<|endoftext|>', 'and more?', f'{i + 1}!', 'unanswered']
+    roles = ['system', 'user', 'assistant', 'user', 'assistant', 'user']
+    return [{'role': role, 'content': words} for role, words in zip(roles, turns)]
+
+
 def test_of_conversations_the_answers_are_learned(prepare, tmp_path):
-    rows = [{'messages': [{'role': 'system', 'content': 'be brief'}, {'role': 'user', 'content': f'what is {i}?'},
-                          {'role': 'assistant', 'content': f'{i}.<|endoftext|>'}, {'role': 'user', 'content': 'and more?'},
-                          {'role': 'assistant', 'content': f'{i + 1}!'}, {'role': 'user', 'content': 'without answer'}]} for i in range(50)]
-    (tmp_path / 'a.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    rows = [json.dumps({'messages': chat(i)}) for i in range(50)]
+    (tmp_path / 'a.jsonl').write_text('\n'.join(rows))
     made = prepare('--tokenizer=byte')
-    train = np.fromfile(made / 'train.bin', np.uint16)
-    mask = np.fromfile(made / 'train.mask', np.uint8)
-    text_of = lambda ids: from_meta(load_meta(made / 'meta.pkl')).decode(ids.tolist())
-    first = next(i for i in range(50) if text_of(train).startswith(f'be brief\nwhat is {i}?\n'))
-    assert text_of(train).startswith(f'be brief\nwhat is {first}?\n{first}.<|endoftext|>and more?\n{first + 1}!<|endoftext|>be brief')
-    assert text_of(train[mask == 1]).startswith(f'\n{first}.<|endoftext|>\n{first + 1}!<|endoftext|>\n')
-    val = text_of(np.fromfile(made / 'val.bin', np.uint16))
-    assert val.count('be brief') == val.count('and more?') == 2 and 'without answer' not in val + text_of(train)
-    other = [{'conversations': [{'from': 'human' if turn['role'] == 'user' else 'gpt', 'value': turn['content']} for turn in row['messages'][1:]]}
-             for row in rows]
-    (tmp_path / 'a.json').write_text(json.dumps(other))
-    shared = list(text.read(str(tmp_path / 'a.json'), 'conversations'))
-    assert [part.text for part in shared[:4]] == ['what is 0?', '\n0.', 'and more?', '\n1!']
+    decode = from_meta(load_meta(made / 'meta.pkl')).decode
+    ids, counts = np.fromfile(made / 'train.bin', np.uint16), np.fromfile(made / 'train.mask', np.uint8)
+    train, learned = decode(ids.tolist()), decode(ids[counts == 1].tolist())
+    val = decode(np.fromfile(made / 'val.bin', np.uint16).tolist())
+    whole = lambda i: f'be brief\nwhat is {i}?\n{i}.<|endoftext|>and more?\n{i + 1}!<|endoftext|>'
+    kept = [i for i in range(50) if whole(i) in train]
+    assert train == ''.join(map(whole, kept)) and len(kept) == 48
+    assert val == ''.join(whole(i) for i in range(50) if i not in kept)
+    assert learned == ''.join(f'\n{i}.<|endoftext|>\n{i + 1}!<|endoftext|>' for i in kept)
+
+
+def test_conversations_in_the_words_of_sharegpt(tmp_path):
+    names = {'assistant': 'gpt', 'user': 'human', 'system': 'system'}
+    turns = [{'from': names[turn['role']], 'value': turn['content']} for turn in chat(0)]
+    (tmp_path / 'a.json').write_text(json.dumps([{'conversations': turns}]))
+    parts = list(text.read(str(tmp_path / 'a.json'), 'conversations'))
+    assert [part.text for part in parts] == ['be brief\nwhat is 0?', '\n0.', 'and more?', '\n1!']
+    assert [(part.ends, part.stops) for part in parts[1::2]] == [(False, True), (True, False)]
 
 
 def test_reading_walks_over_no_text_again(tmp_path, monkeypatch):

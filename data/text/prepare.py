@@ -18,6 +18,7 @@ import io
 import json
 import os
 import re
+import shlex
 import sys
 import zlib
 from collections import Counter
@@ -31,7 +32,7 @@ from configurator import configure
 
 # -----------------------------------------------------------------------------
 # where the documents come from
-input: str | list = '' # a file, a folder, a glob, several with commas between or as a list; .txt .md .py and the like, .jsonl .json .csv .tsv, these also .gz; .parquet
+input: str | list = '' # a file, folder, glob or several (a,b): text, .json(l) .csv .tsv .parquet
 hub_name = '' # a dataset of the Hugging Face hub instead
 name = '' # which of its parts
 column = 'text' # of tables and the hub: what holds the text, or a conversation; else their messages
@@ -57,9 +58,9 @@ PIECE = 2**18 # characters of a document handled at a time
 FEW, MANY = 10, 100 # documents
 EOT = '<|endoftext|>'
 MARK = re.compile(re.escape(EOT) + r'\n?') # in a text; the end of its line is no text either
-BREAK = re.compile(r'.* (?<=[^\W\d_] )(?=[^\W\d_])', re.DOTALL) # up to the last space between two letters
+BREAK = re.compile(r'.* (?<=[^\W\d_] )(?=[^\W\d_])', re.DOTALL) # to the last space between letters
 ANSWERS = ('assistant', 'gpt', 'model') # roles in conversations whose words are learned
-marks = Counter() # of <|endoftext|> in what was read: documents that ended there, and marks read as text
+marks = Counter() # of <|endoftext|> in what was read: those that 'split' it, those that are 'text'
 
 
 class Part(NamedTuple):
@@ -121,7 +122,7 @@ def read(path, column, prompt='', splits=True):
 
 
 def rows_of(file, path, raw, column, prompt):
-    """The rows of a table: (dict, where it stands, bytes of the file read so far); None of a text."""
+    """The rows of a table: (dict, where it is, bytes of the file read so far); None of a text."""
     if kind(path) == '.parquet':
         return read_parquet(path, raw, column, prompt)
     if kind(path) in ('.jsonl', '.ndjson'):
@@ -147,7 +148,7 @@ def as_row(row):
 
 
 def read_json(file, path, raw, column, prompt):
-    """The rows of a .json: of a list, of objects a line each, or an object; of another, such as settings, None."""
+    """The rows of a .json, a list, objects a line each, or one; None of others, as settings."""
     content, whole, error = file.read(), None, ''
     file.seek(0)
     try:
@@ -173,15 +174,17 @@ def read_csv(file, path, raw):
     csv.field_size_limit(2**31 - 1) # a long text is no error
     text = io.TextIOWrapper(file, encoding='utf-8-sig', newline='')
     header = text.readline()
-    between = '\t' if kind(path) == '.tsv' else max(',;\t', key=header.count) # Excel writes what its country does
+    between = '\t'
+    if kind(path) == '.csv':
+        between = max(',;\t', key=header.count) # Excel writes what its country does
     reader = csv.reader(chain([header], text), delimiter=between, strict=True)
     try:
         names = next(reader, [])
         for values in reader:
             where = f'{path}:{reader.line_num}'
             if values and len(values) != len(names):
-                raise ValueError(f'{where} has {len(values)} fields, its header {len(names)}; a text with '
-                                 f'{between!r} in it stands in quotes')
+                raise ValueError(f'{where} has {len(values)} fields, its header {len(names)}; '
+                                 f'a text with {between!r} in it stands in quotes')
             if values:
                 yield dict(zip(names, values)), where, raw.tell()
     except csv.Error as e:
@@ -196,8 +199,9 @@ def read_parquet(path, raw, column, prompt):
     except (pyarrow.ArrowException, OSError) as e:
         raise ValueError(f'{path} is no Parquet file: {e}') from e
     size, done, rows = os.path.getsize(path), 0, max(1, table.metadata.num_rows)
-    wanted = {column, prompt} & {*table.schema_arrow.names} or {'messages'} # of others only the names are told
-    names = [name for name in table.schema_arrow.names if name in wanted] or table.schema_arrow.names
+    names = table.schema_arrow.names
+    wanted = {column, prompt} & {*names} or {'messages'}
+    names = [name for name in names if name in wanted] or names
     try:
         for batch in table.iter_batches(batch_size=1000, columns=names):
             for row in batch.to_pylist():
@@ -220,8 +224,11 @@ def parts_of(row, column, prompt, splits, where, at):
         return
     for name in filter(None, (prompt, column)):
         if not isinstance(row.get(name), str):
-            has = f'{name!r} is {type(row[name]).__name__}' if name in row else f'it has {", ".join(row) or "nothing"}'
-            raise ValueError(f'{where} has no text {name!r}; {has}; try --{"prompt" if name == prompt else "column"}=...')
+            has = f'it has {", ".join(row) or "nothing"}'
+            if name in row:
+                has = f'{name!r} is {type(row[name]).__name__}'
+            flag = 'prompt' if name == prompt else 'column'
+            raise ValueError(f'{where} has no text {name!r}; {has}; try --{flag}=...')
     text = whole_characters(row[column])
     if prompt:
         yield from answered(whole_characters(row[prompt]), text, splits, at)
@@ -230,11 +237,12 @@ def parts_of(row, column, prompt, splits, where, at):
 
 
 def conversation(messages, splits, where, at):
-    """The parts of a row of chat: before each answer what was said since the last one, a line each."""
+    """The parts of a row of chat: before each answer what was said since the last, a line each."""
     said, parts = [], []
     for number, message in enumerate(messages, 1):
         message = as_row(message)
-        role, words = message.get('role', message.get('from')), message.get('content', message.get('value'))
+        role = message.get('role', message.get('from'))
+        words = message.get('content', message.get('value'))
         if not isinstance(role, str) or not isinstance(words, str):
             raise ValueError(f'{where}: message {number} needs a role and content, both text; '
                              f'it has {", ".join(message)}')
@@ -244,13 +252,14 @@ def conversation(messages, splits, where, at):
         else:
             said.append(whole_characters(words))
     if not parts:
-        raise ValueError(f'{where} has no answer to learn, a message whose role is {" or ".join(ANSWERS)}')
+        raise ValueError(f'{where} has no answer to learn, a message whose role is '
+                         f'{" or ".join(ANSWERS)}')
     yield from (part._replace(ends=False, stops=part.ends) for part in parts[:-1])
     yield parts[-1]
 
 
 def answered(prompt, answer, splits, at):
-    """A prompt and its answer, which ends anyway: <|endoftext|> at its end goes, elsewhere it is text."""
+    """A prompt and its answer, which ends anyway: <|endoftext|> there goes, elsewhere is text."""
     if splits and answer.rstrip().endswith(EOT):
         answer = answer.rstrip().removesuffix(EOT)
     marks['text'] += prompt.count(EOT) + answer.count(EOT)
@@ -259,7 +268,7 @@ def answered(prompt, answer, splits, at):
 
 
 def documents_in(text, splits):
-    """The documents in a text: one, or those that <|endoftext|> stands between, blank ones left out."""
+    """The documents in a text: one, or those that <|endoftext|> parts, blank ones left out."""
     found = text.count(EOT)
     marks['split' if splits else 'text'] += found
     return [part for part in MARK.split(text) if part.strip()] if found and splits else [text]
@@ -267,11 +276,12 @@ def documents_in(text, splits):
 
 def read_text(file, path, raw, splits):
     """
-    The documents of a text in pieces. They end before a space between two letters, where the tokens of
-    all BPEs in use end too. What was searched for one is not searched again.
+    The documents of a text in pieces. They end before a space between two letters, where the tokens
+    of all BPEs in use end too. What was searched for one is not searched again.
     """
     text = io.TextIOWrapper(file, encoding='utf-8-sig')
-    rest, searched, begun, marked = '', 0, False, False # begun: is rest the end of a document? marked: was there a mark?
+    rest, searched = '', 0
+    begun, marked = False, False # is rest the end of a document? was there a mark?
 
     def part(piece, ends):
         marks['text'] += piece.count(EOT)
@@ -292,7 +302,7 @@ def read_text(file, path, raw, splits):
             searched, marked = 0, True
         found = BREAK.match(rest, searched)
         at = found.end() - 1 if found else 0
-        if not found and len(rest) > 16 * PIECE: # a text without spaces is cut anywhere, but in no mark
+        if not found and len(rest) > 16 * PIECE: # without spaces it is cut anywhere but in a mark
             at = len(rest) - len(EOT)
         if at:
             yield part(rest[:at], False)
@@ -312,16 +322,16 @@ def read_all(files, *how):
 
 
 def checksum(text):
-    """Of how a document begins; not a CRC: those of texts that differ in a few digits lie together."""
+    """Of how a document begins; no CRC: those of texts that differ in a few digits are near."""
     start = text[:10_000].encode('utf-8', 'replace')
     return int.from_bytes(hashlib.blake2b(start, digest_size=4).digest(), 'little')
 
 
 def survey(parts, everything):
     """
-    Look through the parts: ((characters, checksum) of each of the first MANY documents, the set of all
-    characters, '<|endoftext|>' among them if there is more than one document). Unless `everything`
-    matters, MANY documents are enough.
+    Look through the parts: ((characters, checksum) of each of the first MANY documents, the set of
+    all characters, '<|endoftext|>' among them if there is more than one document). Unless
+    `everything` matters, MANY documents are enough.
     """
     sizes, characters, current, begins = [], set(), 0, True
     for part in parts:
@@ -364,8 +374,8 @@ def choose(sizes, val_share):
 def split(parts, sizes, val_share, prompts):
     """
     The Pieces to write. Of FEW documents or more, and of those with `prompts`, whole ones are held
-    out: of MANY each by its checksum, so always the same ones, and copies together. Of fewer the end
-    is held out, that of all taken together.
+    out: of MANY each by its checksum, so always the same ones, and copies together. Of fewer the
+    end is held out, that of all taken together.
     """
     if prompts or len(sizes) >= FEW:
         chosen = choose(sizes, val_share) if len(sizes) < MANY else None
@@ -408,15 +418,17 @@ if __name__ == '__main__':
         total, unit = sum(map(os.path.getsize, files)), 'B'
         tables = [path for path in files if kind(path) in TABLES]
         if prompt and tables != files:
-            raise ValueError(f'prompt={prompt!r} is a column, and {min(set(files) - set(tables))} is no table')
+            raise ValueError(f'prompt={prompt!r} is a column, and '
+                             f'{min(set(files) - set(tables))} is no table')
         how = column, prompt, endoftext_splits
         read_parts = lambda: read_all(files, *how)
         first_parts = (part for path in tables for part in islice(read(path, *how), 1))
     else:
         documents = load_documents(hub_name, column, streaming=True, **({'name': name} if name else {}))
         total, unit = None, 'doc'
-        read_parts = lambda: (part._replace(at=int(part.ends)) for row in unbroken(documents, hub_name)
-                              for part in parts_of(row, column, prompt, endoftext_splits, hub_name, 1))
+        parts_in = lambda row: parts_of(row, column, prompt, endoftext_splits, hub_name, 1)
+        read_parts = lambda: (part._replace(at=int(part.ends))
+                              for row in unbroken(documents, hub_name) for part in parts_in(row))
         first_parts = islice(read_parts(), 1)
     print(f'reading {f"{len(files):,} file(s), {total / 1e6:,.1f} MB" if input else hub_name} ...', flush=True)
     prompts = not all(part.counts for part in first_parts)
@@ -444,13 +456,16 @@ if __name__ == '__main__':
     folder = os.path.join(os.path.dirname(HERE), dataset)
     state = [(path, os.path.getsize(path), os.stat(path).st_mtime_ns) for path in files] if input else hub_name
     source = str({**config, 'state': zlib.crc32(repr((state, sorted(meta.items(), key=str))).encode())}) # another text or tokenizer starts anew
+    few = f'val_share={val_share} holds nothing out; raise it'
+    if prompts:
+        few += ', or all prompts begin alike'
+    much = f'val_share={val_share} leaves nothing to train on; lower it'
     write_documents(folder, lambda n: islice(pieces(), n, None), source, meta, total, unit,
-                    few=f'val_share={val_share} holds nothing out; raise it' + ', or all prompts begin alike' * prompts,
-                    much=f'val_share={val_share} leaves nothing to train on; lower it', masked=prompts)
+                    few, much, masked=prompts)
     if marks['split']:
         print(f'documents end at {marks["split"]:,} {EOT} in the text; '
               '--endoftext_splits=False reads them as text')
     if marks['text']:
-        print(f'{marks["text"]:,} {EOT} are text here, but sample.py reads one in a prompt as the token')
+        print(f'{marks["text"]:,} {EOT} are text here; in a prompt of sample.py one is the token')
     print(f'data/{dataset}/meta.pkl: {meta["vocab_size"]:,} token ids, {meta["dtype"]}; '
-          f'next: python train.py config/train_text.py --dataset={dataset}')
+          f'next: python train.py config/train_text.py --dataset={shlex.quote(dataset)}')
