@@ -158,8 +158,8 @@ def new_folder(path):
         os.replace(partial, path)
     except (OSError, SafetensorError) as e:
         cause = e
-        while cause.__context__ and not getattr(cause, 'strerror', None): # torch wraps what the disk said
-            cause = cause.__context__
+        while cause.__context__ and not getattr(cause, 'strerror', None):
+            cause = cause.__context__ # torch wraps what the disk said
         fail(f'{path} cannot be written: {getattr(cause, "strerror", None) or cause}', 1)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -168,8 +168,9 @@ def new_folder(path):
 def to_transformers(model, meta, folder, figures=None):
     """
     Write `model` (a GPT), the tokenizer of `meta` where there is one, a generation config and a model card to a new folder that
-    AutoModelForCausalLM and AutoTokenizer load. Of the embedding's rows those go that the tokenizer has an id for: other readers
-    need as many of one as of the other. figures: what the card tells of the training, a dict.
+    AutoModelForCausalLM and AutoTokenizer load. The embedding goes out
+    with as many rows as the tokenizer has ids, since other readers refuse more.
+    figures: what the card tells of the training, a dict
 
     Raises ValueError, naming the knobs, for a network that neither GPT2LMHeadModel nor NanoChatForCausalLM is.
     """
@@ -189,8 +190,9 @@ def to_transformers(model, meta, folder, figures=None):
         ours[name] = ours[name][:vocab_size] # the rest is padding, never sampled
     theirs = {}
     if not differs['GPT2LMHeadModel']:
-        sizes = dict(n_positions=cfg.block_size, vocab_size=vocab_size, n_layer=cfg.n_layer, n_head=cfg.n_head,
-                     n_embd=cfg.n_embd, n_inner=4 * cfg.n_embd, n_ctx=cfg.block_size) # n_ctx: for llama.cpp
+        sizes = dict(n_positions=cfg.block_size, n_ctx=cfg.block_size, # n_ctx: for llama.cpp
+                     vocab_size=vocab_size, n_layer=cfg.n_layer, n_head=cfg.n_head,
+                     n_embd=cfg.n_embd, n_inner=4 * cfg.n_embd)
         attn_dropout = cfg.dropout if cfg.attn_dropout is None else cfg.attn_dropout
         drop = dict(resid_pdrop=cfg.dropout, embd_pdrop=cfg.dropout, attn_pdrop=attn_dropout)
         export = GPT2LMHeadModel(GPT2Config(**sizes, **drop, bos_token_id=eot, eos_token_id=eot))
@@ -199,7 +201,8 @@ def to_transformers(model, meta, folder, figures=None):
             theirs[to_name] = torch.zeros(export.state_dict()[to_name].shape) if p is None else p.t() if turned else p
         theirs['lm_head.weight'] = ours['transformer.wte.weight']
     else:
-        sizes = dict(max_position_embeddings=cfg.block_size, vocab_size=vocab_size, num_hidden_layers=cfg.n_layer, num_attention_heads=cfg.n_head,
+        sizes = dict(max_position_embeddings=cfg.block_size, vocab_size=vocab_size,
+                     num_hidden_layers=cfg.n_layer, num_attention_heads=cfg.n_head,
                      num_key_value_heads=cfg.n_kv_head or cfg.n_head, hidden_size=cfg.n_embd, intermediate_size=4 * cfg.n_embd)
         special = dict(bos_token_id=eot, eos_token_id=eot, pad_token_id=eot)
         export = NanoChatForCausalLM(NanoChatConfig(**sizes, **special, final_logit_softcapping=cfg.logit_cap or None))
@@ -208,7 +211,9 @@ def to_transformers(model, meta, folder, figures=None):
             parts = ours[from_name].split((cfg.n_embd, kv, kv)) if len(to_names) > 1 else [ours[from_name]]
             theirs.update(zip(to_names, parts))
     export.load_state_dict(theirs)
-    export.generation_config = GenerationConfig(do_sample=True, temperature=0.8, top_k=200, bos_token_id=eot, eos_token_id=eot, pad_token_id=eot)
+    export.generation_config = GenerationConfig(
+        do_sample=True, temperature=0.8, top_k=200, bos_token_id=eot,
+        eos_token_id=eot, pad_token_id=eot)
     texts = tokenizer_files(meta, cfg.block_size) if meta else {}
     name = os.path.basename(os.path.abspath(folder))
     texts['README.md'] = model_card(export, type(export).__name__, name, figures or {})
@@ -248,7 +253,7 @@ def tokenizer_files(meta, block_size):
         bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.Split(Regex('[\\s\\S]'), 'isolated'), decoders.Fuse()
         eot = eot if meta.get('eot') is not None else None
     whole = json.loads(bpe.to_str())
-    if isinstance(whole['model']['vocab'], dict): # cl100k_base and others leave ids out; readers count on each
+    if isinstance(whole['model']['vocab'], dict): # readers count them; cl100k_base has gaps
         unused = set(range(from_meta(meta).vocab_size)) - set(bpe.get_vocab().values())
         whole['model']['vocab'].update({f'<|unused {i}|>': i for i in sorted(unused)})
     unknown = whole['model'].get('unk_token')
@@ -256,7 +261,8 @@ def tokenizer_files(meta, block_size):
         unknown = eot # as in GPT-2's own; no text needs it, but CTranslate2 asks for one
     # Until version 5 transformers had no TokenizersBackend, which is its name for this class today.
     config = dict(tokenizer_class='PreTrainedTokenizerFast', bos_token=eot, eos_token=eot,
-                  unk_token=unknown, model_max_length=block_size, clean_up_tokenization_spaces=False)
+                  unk_token=unknown, model_max_length=block_size,
+                  clean_up_tokenization_spaces=False)
     return {'tokenizer.json': json.dumps(whole, ensure_ascii=False),
             'tokenizer_config.json': json.dumps(config, ensure_ascii=False, indent=2)}
 
@@ -308,6 +314,7 @@ if __name__ == '__main__':
         told = ('dataset', 'optimizer', 'learning_rate', 'batch_size', 'gradient_accumulation_steps', 'block_size', 'seed')
         figures = {name: config[name] for name in told if name in config}
         if config:
-            figures = {'iterations': f'{loaded["iter_num"]:,}', 'validation loss (nats per token)': f'{best_val_loss:.4f}', **figures}
+            figures = {'iterations': f'{loaded["iter_num"]:,}',
+                       'validation loss (nats per token)': f'{best_val_loss:.4f}', **figures}
         to_transformers(model, meta, output, figures)
     print(f'{output}: {model.get_num_params() / 1e6:.2f}M parameters' + ('' if meta else ', without a tokenizer, since none came with them'))

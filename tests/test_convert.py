@@ -82,7 +82,8 @@ def gpt2(tmp_path_factory):
         gpt2_encoding()
     except OSError:
         pytest.skip('GPT-2 vocabulary not on this machine')
-    model, folder = scrambled(vocab_size=50304, n_embd=8, block_size=64), tmp_path_factory.mktemp('gpt2') / 'hf'
+    model = scrambled(vocab_size=50304, n_embd=8, block_size=64)
+    folder = tmp_path_factory.mktemp('gpt2') / 'hf'
     to_transformers(model, GPT2, str(folder))
     return model, folder
 
@@ -92,7 +93,8 @@ def test_gpt2s_own_tokenizer_is_recognised(gpt2):
     text = TEXT + "It's   spaced, isn't it? <|endoftext|>"
     tokenizer = AutoTokenizer.from_pretrained(gpt2[1])
     assert tokenizer(text)['input_ids'] == from_meta(GPT2).encode(text)
-    assert {tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token} == {'<|endoftext|>'} # as in OpenAI's
+    special = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token}
+    assert special == {'<|endoftext|>'} # as in OpenAI's
     back, meta = from_pretrained(str(gpt2[1]))
     assert meta == GPT2 and back.config.vocab_size == 50257
 
@@ -100,7 +102,8 @@ def test_gpt2s_own_tokenizer_is_recognised(gpt2):
 def test_the_files_say_what_other_readers_ask_for(gpt2):
     read = lambda name: json.loads((gpt2[1] / name).read_text(encoding='utf-8'))
     assert read('config.json')['n_ctx'] == 64 # llama.cpp
-    assert read('tokenizer_config.json')['tokenizer_class'] == 'PreTrainedTokenizerFast' # transformers 4
+    kind = read('tokenizer_config.json')['tokenizer_class']
+    assert kind == 'PreTrainedTokenizerFast' # transformers 4
     assert 'suppress_tokens' not in read('generation_config.json')
     if os.name == 'posix': # an engine may run as another user
         assert len({path.stat().st_mode for path in gpt2[1].iterdir()}) == 1
@@ -108,7 +111,7 @@ def test_the_files_say_what_other_readers_ask_for(gpt2):
 
 @pytest.mark.parametrize('kind', ['gpt2', 'byte', 'trained', 'char'])
 def test_ctranslate2_writes_the_same_greedy_text(kind, request, tmp_path):
-    ctranslate2 = pytest.importorskip('ctranslate2', reason='ctranslate2 is not installed: pip install -e .[test]')
+    ctranslate2 = pytest.importorskip('ctranslate2', reason='needs pip install -e .[test]')
     if kind == 'gpt2':
         meta, (model, folder) = GPT2, request.getfixturevalue('gpt2')
     else:
@@ -124,7 +127,8 @@ def test_ctranslate2_writes_the_same_greedy_text(kind, request, tmp_path):
     assert len(words) == tokenizer.vocab_size
     for prompt in ('To be', ' or not', 'Zwölf\n'):
         ids = tokenizer.encode(prompt)
-        theirs = engine.generate_batch([[words[i] for i in ids]], max_length=30, end_token=[], include_prompt_in_result=False)
+        theirs = engine.generate_batch([[words[i] for i in ids]], max_length=30, end_token=[],
+                                       include_prompt_in_result=False)
         ours = stream(model, [ids], 30, temperature=0, vocab_size=tokenizer.vocab_size)
         assert theirs[0].sequences_ids[0] == [int(token) for token in ours]
 
@@ -170,11 +174,14 @@ def test_exported_weights_without_their_padding_are_trained_on(knobs, project, t
     to_transformers(scrambled(vocab_size=320, **knobs), meta, str(hf))
     (tmp_path / 'text.txt').write_text(TEXT * 200, encoding='utf-8')
     name = f'again{len(knobs)}'
-    project.run('data/text/prepare.py', f'--input={tmp_path}/text.txt', f'--tokenizer={hf}', f'--dataset={name}')
-    project.run('train.py', '--device=cpu', '--compile=False', f'--dataset={name}', f'--init_from={hf}', f'--out_dir={out}',
-                '--block_size=16', '--batch_size=4', '--gradient_accumulation_steps=1', '--eval_iters=2', '--max_iters=3')
+    project.run('data/text/prepare.py', f'--input={tmp_path}/text.txt', f'--tokenizer={hf}',
+                f'--dataset={name}')
+    project.run('train.py', '--device=cpu', '--compile=False', f'--dataset={name}',
+                f'--init_from={hf}', f'--out_dir={out}', '--block_size=16', '--batch_size=4',
+                '--gradient_accumulation_steps=1', '--eval_iters=2', '--max_iters=3')
     assert open_model(str(out))[0].config.vocab_size == meta['vocab_size']
-    project.run('sample.py', f'--out_dir={out}', '--device=cpu', '--start=To', '--num_samples=1', '--max_new_tokens=5')
+    project.run('sample.py', f'--out_dir={out}', '--device=cpu', '--start=To', '--num_samples=1',
+                '--max_new_tokens=5')
 
 
 @pytest.mark.parametrize('flags, message', [(['--init_from=out-trained'], 'must be a new folder'), (['--init_from=out-trained', '--output=data'], 'must be a new folder'),
@@ -188,13 +195,16 @@ def test_bad_input_is_one_line_and_writes_nothing(project, trained, flags, messa
 @pytest.mark.parametrize('to', ['transformers', 'flatgpt'])
 def test_a_disk_that_does_not_take_it_is_one_line_and_nothing_stays(project, trained, tmp_path, to):
     flags = ['convert.py', '--init_from=out-trained', f'--to={to}']
-    launcher = ['bash', '-c', 'ulimit -f 8; exec "$@"', 'bash', sys.executable] # in KiB: small files only
+    limited = 'ulimit -f 8; exec "$@"' # in KiB: small files only
+    launcher = ['bash', '-c', limited, 'bash', sys.executable]
     done = project.run(*flags, f'--output={tmp_path}/full', launcher=launcher, check=False)
     lines = done.stderr.splitlines()
     assert done.returncode == 1 and len(lines) == 1, done.stderr
-    assert lines[0].startswith(f'error: {tmp_path}/full cannot be written: ') and 'File too large' in lines[0]
+    assert lines[0].startswith(f'error: {tmp_path}/full cannot be written: ')
+    assert 'File too large' in lines[0]
     assert not list(tmp_path.iterdir())
-    assert '/proc/hf cannot be made: No such file or directory' in project.error(*flags, '--output=/proc/hf')
+    line = project.error(*flags, '--output=/proc/hf')
+    assert '/proc/hf cannot be made: No such file or directory' in line
     (tmp_path / 'link').symlink_to('nowhere')
     assert 'must be a new folder' in project.error(*flags, f'--output={tmp_path}/link')
     project.run(*flags, f'--output={tmp_path}/full/') # and now it is taken
@@ -211,10 +221,13 @@ def test_special_tokens_of_tiktoken_keep_their_ids(monkeypatch):
     meta = {'tokenizer': 'tiktoken', 'name': 'gaps', 'vocab_size': 263}
     files, own = tokenizer_files(meta, 64), from_meta(meta)
     tokenizer = tokenizers.Tokenizer.from_str(files['tokenizer.json'])
-    assert tokenizer.encode(TEXT).ids == own.encode(TEXT) and own.eot == tokenizer.token_to_id('<|endoftext|>') == 260
+    assert tokenizer.encode(TEXT).ids == own.encode(TEXT)
+    assert own.eot == tokenizer.token_to_id('<|endoftext|>') == 260
     assert json.loads(files['tokenizer_config.json'])['eos_token'] == '<|endoftext|>'
-    assert tokenizer.decode([256, 260, 262], skip_special_tokens=False) == own.decode([256, 260, 262]) == 'to<|endoftext|><|fim_prefix|>'
-    assert sorted(tokenizer.get_vocab().values()) == list(range(263)) # a name for each, for readers that count them
+    text = tokenizer.decode([256, 260, 262], skip_special_tokens=False)
+    assert text == own.decode([256, 260, 262]) == 'to<|endoftext|><|fim_prefix|>'
+    ids = sorted(tokenizer.get_vocab().values())
+    assert ids == list(range(263)) # a name for each, for readers that count them
     assert tokenizer.encode('<|unused 258|>').ids == own.encode('<|unused 258|>')
     assert own.decode([256, 258, 259, 257]) == 'tobe'
 
