@@ -19,6 +19,7 @@ import torch._dynamo # noqa: optimizers import it at their first step
 def child(order):
     os.setpgrp()
     signal.signal(signal.SIGINT, signal.default_int_handler) # who started the tests in the background ignores it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL) # and with nohup this one
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for handle, name in ((1, 'stdout'), (2, 'stderr')):
         os.dup2(os.open(order[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND), handle)

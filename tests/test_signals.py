@@ -141,6 +141,7 @@ def test_the_time_goes_on_while_the_first_step_is_compiled(project):
     command = [sys.executable, 'stuck.py', 'train.py', *TINY, '--out_dir=out-terminal']
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL) # ignored where the tests run in the background
         os.chdir(project.path)
         os.environ.update(AT='1', HOW='c', OMP_NUM_THREADS='1', TERM='dumb')
         os.execv(sys.executable, command)
