@@ -72,16 +72,16 @@ def test_a_picture_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
 
 @posix
 def test_a_second_run_in_the_same_folder_is_told(project):
-    slow = ['train.py', *TINY, '--out_dir=out-shared', '--max_iters=100000', '--eval_interval=100000', '--save_interval=100000']
+    slow = ['train.py', *TINY, '--out_dir=out-two-runs', '--max_iters=100000', '--eval_interval=100000', '--save_interval=100000']
     first = subprocess.Popen([sys.executable, *slow], cwd=project.path, stdout=subprocess.PIPE, text=True)
     try:
         for line in first.stdout:
             if line.startswith('iter 3:'):
                 break
         message = project.error(*slow)
-        assert f"out_dir='out-shared' is that of a run under way (process {first.pid} on " in message
-        rows = runlog.read_log(project.path / 'out-shared' / 'log.csv')
-        assert rows and not (project.path / 'out-shared' / 'ckpt.pt.old').exists()
+        assert f"out_dir='out-two-runs' is that of a run under way (process {first.pid} on " in message
+        rows = runlog.read_log(project.path / 'out-two-runs' / 'log.csv')
+        assert rows and not (project.path / 'out-two-runs' / 'ckpt.pt.old').exists()
     finally:
         first.kill() # a dead run does not leave its lock in the way
         first.wait()

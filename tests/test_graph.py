@@ -129,18 +129,18 @@ def test_a_recording_that_fails_costs_one_line(taped):
 
 def test_an_older_optimizer_file_resumes(taped):
     """Muon counted its steps there, and rates were numbers."""
-    taped('out-older', *MUON, '--max_iters=6')
+    taped('out-older-state', *MUON, '--max_iters=6')
     taped('out-straight-muon', *MUON, '--max_iters=12')
-    name = ckpt.load(str(taped.path / 'out-older'))['optimizer_file']
-    state = torch.load(taped.path / 'out-older' / name)
+    name = ckpt.load(str(taped.path / 'out-older-state'))['optimizer_file']
+    state = torch.load(taped.path / 'out-older-state' / name)
     for group in state['param_groups']:
         del group['capturable']
         group['lr'] = 1e-3
         if group.get('muon'):
             group.update(momentum=0.95, steps=6)
-    torch.save(state, taped.path / 'out-older' / name)
-    taped('out-older', *MUON, '--max_iters=12', '--init_from=resume')
-    a, b = (ckpt.load(str(taped.path / name / 'ckpt.pt'))['model'] for name in ('out-straight-muon', 'out-older'))
+    torch.save(state, taped.path / 'out-older-state' / name)
+    taped('out-older-state', *MUON, '--max_iters=12', '--init_from=resume')
+    a, b = (ckpt.load(str(taped.path / name / 'ckpt.pt'))['model'] for name in ('out-straight-muon', 'out-older-state'))
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
