@@ -1,5 +1,6 @@
 """Shared by the tests: a copy of the project to run its scripts in, a small text, a small trained run."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -58,7 +59,8 @@ class Spawner:
 
     def close(self):
         for pid in self.running: # of tests that failed
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self.process.stdin.close()
         self.process.wait(10)
 

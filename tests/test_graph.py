@@ -110,6 +110,17 @@ def test_a_bad_step_leaves_weights_and_state_alone(taped, flags):
     assert [row['iter'] for row in rows] == [7] and torch.isfinite(torch.tensor(rows[0]['val_loss'] if 'val_loss' in rows[0] else 0.0))
 
 
+@pytest.mark.parametrize('on', [True, False])
+@pytest.mark.parametrize('flags', [[], MUON], ids=['adamw', 'muon'])
+def test_a_bad_step_changes_no_weight_and_no_state(taped, flags, on):
+    """Muon's momentum and AdamW's step count included: the run that ends before the bad step is the same."""
+    for name, iters in (('out-before-bad', 7), ('out-after-bad', 8)):
+        taped(name, *flags, f'--max_iters={iters}', on=on, PLANT='7')
+    before, after = (outcome(taped.path / name)[1:] for name in ('out-before-bad', 'out-after-bad'))
+    for mine, theirs in zip(before, after):
+        assert len(mine) == len(theirs) and all(torch.equal(x, y) for x, y in zip(mine, theirs))
+
+
 @pytest.mark.parametrize('first', [True, False])
 @pytest.mark.parametrize('flags', [['--dropout=0.1'], MUON], ids=['adamw', 'muon'])
 def test_a_run_resumes_with_and_without_graphs(taped, flags, first):
