@@ -62,14 +62,15 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-import checkpoint as ckpt
 import generate
 import muon
 from data.loader import Loader
 from data.tokenizer import dataset_dir, dataset_meta, model_vocab_size
-from device import DTYPES, Recorder, autocast, can_record, memory_gb, peak_flops, resolve, tune
 from model import GPT, GPTConfig
-from ops import Linear, fast_dtype, pack
+from support import weights
+from support.cpu import Linear, fast_dtype, pack
+from support.device import DTYPES, autocast, memory_gb, peak_flops, resolve, tune
+from support.graphs import Recorder, can_record
 
 check(config, 'steps prompt_tokens batch_size block_size', least=1)
 check(config, 'warmup_steps new_tokens loss_chunk', least=0)
@@ -92,7 +93,7 @@ ctx = autocast(device, dtype)
 data_dir = dataset_dir(dataset)
 if real_data and 'vocab_size' not in given:
     vocab_size = config['vocab_size'] = model_vocab_size(dataset_meta(data_dir))
-n_head, n_embd = ckpt.resolve_sizes(ckpt.asked_sizes(config, given), default=(n_head, n_embd))
+n_head, n_embd = weights.resolve_sizes(weights.asked_sizes(config, given), default=(n_head, n_embd))
 figures = {} # what json holds
 
 # -----------------------------------------------------------------------------

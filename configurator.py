@@ -23,7 +23,6 @@ import tokenize
 import traceback
 from typing import NamedTuple
 
-
 HERE = os.path.dirname(os.path.abspath(__file__)) # where config/ and data/ are
 WORDS = { # other projects' words, and the knob that each stands for where a script has it
     'data_dir': 'dataset', 'resume_from': 'init_from', 'weights_only': 'init_from',

@@ -43,15 +43,18 @@ import os
 
 import torch
 
-import checkpoint as ckpt
-import parallel
 from data.lines import LONGEST, read_lines, read_questions
 from data.loader import Loader, must_exist, must_hold
-from data.tokenizer import byte_counts, dataset_dir, dataset_meta, from_meta, write_whole
-from device import DTYPES, autocast, resolve, tune
+from data.tokenizer import byte_counts, dataset_dir, dataset_meta, from_meta
 from generate import stream
-from ops import pack
-from runlog import perplexity, say
+from support import checkpoint as ckpt
+from support import distributed as parallel
+from support import weights
+from support.cpu import pack
+from support.device import DTYPES, autocast, resolve, tune
+from support.distributed import print0
+from support.files import write_whole
+from support.runlog import perplexity
 
 check(config, 'eval_iters batch_size block_size', least=1)
 check(config, 'num_lines show_wrong num_fewshot', least=0)
@@ -68,7 +71,7 @@ ctx = autocast(device, dtype)
 # -----------------------------------------------------------------------------
 # model
 source = ckpt.best(out_dir) if init_from == 'resume' else init_from
-model, loaded = ckpt.open_model(source)
+model, loaded = weights.open_model(source)
 model.eval().to(device)
 block_size = model.config.block_size if block_size is None else block_size
 if block_size > model.config.block_size:
@@ -85,17 +88,18 @@ if tasks:
         raise ValueError('benchmarks run in one process; leave torchrun away')
     try:
         import lm_eval
-        from harness import Harness
+
+        from support.harness import Harness
     except ImportError as e:
         raise ValueError(f"--tasks needs the package lm_eval: pip install '.[eval]' ({e})") from e
-    tokenizer = from_meta(ckpt.tokenizer_meta(loaded, source, model.config.vocab_size))
+    tokenizer = from_meta(weights.tokenizer_meta(loaded, source, model.config.vocab_size))
     try:
         results = lm_eval.simple_evaluate(
             Harness(model, tokenizer, ctx, batch_size), tasks=tasks.split(','), num_fewshot=num_fewshot,
             limit=limit, log_samples=False, task_manager=lm_eval.tasks.TaskManager(include_path=include_path or None))
     except Exception as e: # tasks that are unknown, and data that cannot be reached, have many kinds
         raise ValueError(f'tasks={tasks}: {(str(e).strip() or type(e).__name__).splitlines()[0]}') from e
-    say(lm_eval.utils.make_table(results))
+    print0(lm_eval.utils.make_table(results))
     if output:
         told = {name: results[name] for name in ('results', 'n-shot', 'n-samples', 'versions')}
         write_whole(output, lambda f: f.write(json.dumps(told, indent=1, default=str).encode()))
@@ -108,11 +112,11 @@ if not dataset:
     raise ValueError(f'{source} was not trained on a dataset of ours; name one: --dataset=...')
 data_dir = dataset_dir(dataset)
 meta = loaded.get('meta') or dataset_meta(data_dir)
-ckpt.check_tokenizer(loaded, source, data_dir)
+weights.check_tokenizer(loaded, source, data_dir)
 tokenizer = from_meta(meta)
 mark = trained.get('mask_before_token', '')
 lines = read_lines(meta, model.config.vocab_size, mark, trained.get('mask_per_line', True), trained.get('align_to_lines', False))
-say(f'{source}: {num_params / 1e6:.2f}M parameters on {device}, {quantize or dtype}'
+print0(f'{source}: {num_params / 1e6:.2f}M parameters on {device}, {quantize or dtype}'
     + (f', after {loaded["iter_num"]:,} iterations' if 'iter_num' in loaded else ''))
 
 # -----------------------------------------------------------------------------
@@ -138,8 +142,8 @@ for split in ('train', 'val'):
     loss, count = parallel.mean_losses(evaluate, device, batches())[0].tolist()
     if not count:
         raise ValueError(f'{data.path}: none of the targets in {eval_iters} batches count; raise --eval_iters')
-    bits = loss / math.log(2) * count / parallel.total(num_bytes).item()
-    say(f'{split:<5} loss {loss:.4f}, perplexity {perplexity(loss):.3f}, {bits:.4f} bits per byte, over {count:,.0f} tokens' + ' of answers' * data.masked)
+    bits = loss / math.log(2) * count / parallel.all_reduce(num_bytes).item()
+    print0(f'{split:<5} loss {loss:.4f}, perplexity {perplexity(loss):.3f}, {bits:.4f} bits per byte, over {count:,.0f} tokens' + ' of answers' * data.masked)
 
 # -----------------------------------------------------------------------------
 # exact match of tasks on lines: each line a question, the mark, an answer
@@ -181,17 +185,17 @@ if mark and num_lines and lines.per_line and lines.newline.any():
         n = max(1, min(256, 2**27 // (model.config.vocab_size * longest))) # as many as half a GB has room for the logits of
         for b in range(rank * n, len(order), world_size * n):
             right[order[b:b + n]] = answered_right([questions[i] for i in order[b:b + n]]).long()
-    right = parallel.total(right).tolist()
+    right = parallel.all_reduce(right).tolist()
 
     texts = [tokenizer.decode(q).removesuffix(mark) for q, _ in questions]
     kinds, table = find_kinds(os.path.join(data_dir, 'prepare.py')), {}
     for text, is_right in zip(texts, right):
         for column, kind in [('all', ''), *kinds(text)]:
             table.setdefault(column, {}).setdefault(kind, []).append(is_right)
-    say(f'\n{"exact match" + left_out:<56} {"lines":>8} {"right":>8}')
+    print0(f'\n{"exact match" + left_out:<56} {"lines":>8} {"right":>8}')
     for column in table:
         for kind, rights in sorted(table[column].items()):
-            say(f'{f"{column}: {kind}".removesuffix(": "):<56} {len(rights):>8,} {sum(rights) / len(rights):>8.2%}')
+            print0(f'{f"{column}: {kind}".removesuffix(": "):<56} {len(rights):>8,} {sum(rights) / len(rights):>8.2%}')
 
     wrong = [i for i, is_right in enumerate(right) if not is_right][:show_wrong]
     if wrong and rank == 0:
@@ -203,5 +207,5 @@ if mark and num_lines and lines.per_line and lines.newline.any():
                                                       stop=lambda _, new: lines.newline[new[-1]])]
             rows.append((texts[i] + mark, tokenizer.decode(new).rstrip(), tokenizer.decode(a).rstrip()))
         widths = [max(map(len, column)) for column in zip(*rows)]
-        say('\n' + '\n'.join('  '.join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in rows))
-parallel.leave()
+        print0('\n' + '\n'.join('  '.join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in rows))
+parallel.destroy()

@@ -7,8 +7,8 @@ from functools import partial
 
 import torch
 
-from device import Recorder
-from ops import alibi_slopes
+from support.cpu import alibi_slopes
+from support.graphs import Recorder
 
 
 class KVCache:

@@ -13,7 +13,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ops import Linear, alibi_bias, dropout, relu2, rms_norm, rotary_table, rotate
+from support.cpu import Linear, alibi_bias, dropout, relu2, rms_norm, rotary_table, rotate
 
 
 @dataclass

@@ -6,8 +6,7 @@ Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/
 import torch
 import torch.distributed as dist
 
-from ops import fast_dtype
-
+from support.cpu import fast_dtype
 
 # odd quintics that bring singular values to 1 fastest, one after the other: the Polar Express, Amsel et al. 2025, arXiv:2505.16932
 QUINTICS = ((8.1566, -22.4833, 15.8788), (4.0429, -2.8089, 0.5000), (3.8917, -2.7725, 0.5061),

@@ -51,11 +51,13 @@ import time
 
 import torch
 
-import checkpoint as ckpt
-from data.tokenizer import continuation, dataset_dir, from_meta, write_whole
-from device import DTYPES, resolve, tune
+from data.tokenizer import continuation, dataset_dir, from_meta
 from generate import new_cache, stream
-from ops import pack
+from support import checkpoint as ckpt
+from support import weights
+from support.cpu import pack
+from support.device import DTYPES, resolve, tune
+from support.files import write_whole
 
 check(config, 'num_samples max_new_tokens batch_size stride', least=1)
 check(config, 'temperature top_k', least=0)
@@ -88,10 +90,10 @@ tune(device, lengths_vary=True)
 # -----------------------------------------------------------------------------
 # model, and the tokenizer that came with it
 source = ckpt.best(out_dir) if init_from == 'resume' else init_from
-model, loaded = ckpt.open_model(source)
+model, loaded = weights.open_model(source)
 model.eval().to(device, DTYPES[dtype]) # weights too, so that none is converted again for each token
 compiled = torch.compile(model, dynamic=False) if compile else None
-tokenizer = from_meta(ckpt.tokenizer_meta(loaded, source, model.config.vocab_size))
+tokenizer = from_meta(weights.tokenizer_meta(loaded, source, model.config.vocab_size))
 
 # -----------------------------------------------------------------------------
 # text in
@@ -206,7 +208,7 @@ def terminal(text):
 began, made = time.perf_counter(), 0
 if interactive: # a text that goes on and on; what was said is not computed again
     with contextlib.suppress(ImportError): # the arrow keys; Windows' console has its own
-        import readline # noqa: F401
+        import readline  # noqa: F401
     if sys.stdin.isatty():
         print('what you write is continued; Ctrl-D ends', file=sys.stderr)
     context, size = [], model.config.block_size

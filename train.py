@@ -89,15 +89,19 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.nn.utils import clip_grad_norm_
 
-import checkpoint as ckpt
 import muon
-import parallel
 from data.lines import read_lines
-from data.loader import Loader, deal, micro_batches, must_exist, must_hold
+from data.loader import Loader, indices, micro_batches, must_exist, must_hold
 from data.tokenizer import dataset_dir, dataset_meta
-from device import Recorder, autocast, can_record, memory_gb, pays_to_compile, peak_flops, resolve, tune
-from ops import seed_dropout
-from runlog import RunLog, health, perplexity, say
+from support import checkpoint as ckpt
+from support import distributed as parallel
+from support import resume, weights
+from support.cpu import seed_dropout
+from support.device import autocast, memory_gb, pays_to_compile, peak_flops, resolve, tune
+from support.distributed import print0
+from support.graphs import Recorder, can_record
+from support.runlog import RunLog, health, perplexity
+from support.signals import StopSignals
 
 # -----------------------------------------------------------------------------
 # refuse knobs that make no sense
@@ -119,7 +123,7 @@ if decay_lr and min_lr > learning_rate:
 
 # -----------------------------------------------------------------------------
 # devices and processes
-stop = parallel.StopSignals() # true once SIGINT, SIGTERM, SIGHUP or SIGUSR1 has come
+stop = StopSignals() # true once SIGINT, SIGTERM, SIGHUP or SIGUSR1 has come
 compile_auto = compile == 'auto'
 device, dtype, could_compile = resolve(device, dtype, compile)
 redraws = gradient_checkpointing and bool(dropout or attn_dropout) # backward draws dropout masks again
@@ -138,13 +142,13 @@ data_dir = dataset_dir(dataset)
 must_exist(os.path.join(data_dir, 'train.bin')) # before weights are fetched for nothing
 meta = dataset_meta(data_dir) # of its tokenizer, travels in the checkpoint
 own = os.path.join(out_dir, 'ckpt.pt') # this run's
-init_from = ckpt.where_from(init_from, own, config, of_files) # 'auto', and a restart by torchrun after a fault, may mean 'resume'
+init_from = resume.where_from(init_from, own, config, of_files) # 'auto', and a restart by torchrun after a fault, may mean 'resume'
 torch.manual_seed(seed)
 if init_from == 'scratch':
     must_hold(os.path.join(data_dir, 'train.bin'), block_size) # before memory is taken for so long a context
-    model, loaded = ckpt.new_model(config, given, meta), {}
+    model, loaded = weights.new_model(config, given, meta), {}
 else: # this run's own checkpoint, or other weights to fine-tune
-    model, loaded = ckpt.trained_model(init_from, own, config, given, data_dir)
+    model, loaded = weights.trained_model(init_from, own, config, given, data_dir)
 model.gradient_checkpointing, model.loss_chunk = gradient_checkpointing, loss_chunk
 block_size = model.config.block_size
 tokens_per_micro_batch = batch_size * block_size
@@ -162,10 +166,10 @@ knobs = {**config, **vars(model.config), 'd_head': None, 'd_model': None} # as t
 lines = read_lines(meta, model.config.vocab_size, mask_before_token, mask_per_line, align_to_lines)
 load_split = lambda split: Loader(os.path.join(data_dir, f'{split}.bin'), block_size, batch_size, model.config.vocab_size, seed, lines)
 train_data, val_data = load_split('train'), load_split('val')
-say(f'{dataset}: {len(train_data.tokens):,} tokens to train on, {len(val_data.tokens):,} to validate, '
+print0(f'{dataset}: {len(train_data.tokens):,} tokens to train on, {len(val_data.tokens):,} to validate, '
     f'{gradient_accumulation_steps * batch_size * block_size:,} per iteration'
     + (f', {train_data.targets / batch_size / block_size:.1%} of them targets that count' if train_data.masked else ''))
-say(f'model: {model.get_num_params() / 1e6:.2f}M parameters on {device}, {dtype}' + ', compiled' * compile + ', not compiled since the run is short' * (could_compile and short)
+print0(f'model: {model.get_num_params() / 1e6:.2f}M parameters on {device}, {dtype}' + ', compiled' * compile + ', not compiled since the run is short' * (could_compile and short)
     + ', recorded as CUDA graphs' * cuda_graph
     + (f', {sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6:.2f}M of them trained' if model.config.lora_rank else '')
     + f', {world_size} processes' * ddp + ', sharded' * fsdp)
@@ -179,16 +183,16 @@ for group in optimizer.param_groups:
     group['capturable'] = 'cuda' in device # rates and step counts are tensors, as a CUDA graph needs them
 iter_num, best_val_loss, best_iter, best_file, run_id = 0, float('inf'), 0, None, None # best_file: of the best weights; run_id: wandb's
 if init_from == 'resume':
-    ckpt.load_optimizer(optimizer, scaler, loaded)
-    iter_num, best_val_loss, best_iter, best_file, run_id = ckpt.where_it_stood(out_dir, loaded, knobs, only_look=eval_only)
-    say(f'resuming {own} at iteration {iter_num}')
+    resume.load_optimizer(optimizer, scaler, loaded)
+    iter_num, best_val_loss, best_iter, best_file, run_id = resume.where_it_stood(out_dir, loaded, knobs, only_look=eval_only)
+    print0(f'resuming {own} at iteration {iter_num}')
 loaded = None # frees its memory
 
 # -----------------------------------------------------------------------------
 # compile and wrap; raw_model keeps the plain parameter names for checkpoints
 raw_model = model
 if compile:
-    say('compiling the model, this takes a minute ...')
+    print0('compiling the model, this takes a minute ...')
     model = model if fsdp else torch.compile(model, dynamic=False)
 if ddp and not fsdp:
     model = DDP(model, device_ids=[torch.device(device).index] if 'cuda' in device else None, gradient_as_bucket_view=True)
@@ -196,7 +200,7 @@ if ddp and not fsdp:
 # -----------------------------------------------------------------------------
 # the parts of an iteration. On one GPU each is recorded as a CUDA graph and replayed (Recorder in device.py), so what they
 # share stands in tensors that are written in place
-recorded = Recorder(cuda_graph, report=say)
+recorded = Recorder(cuda_graph, report=print0)
 loss_sum, divisor, grad_norm, bad, bad_in_row, bad_steps, clipped = torch.zeros(7, device=device).unbind()
 optimizer.found_inf = bad # 1: AdamW's fused kernel leaves weights and state alone, and nothing waits for the GPU
 
@@ -210,7 +214,7 @@ def add_gradients(X, Y):
     """Forward and backward of a micro-batch; DDP and FSDP average gradients over ranks at the last one."""
     with ctx:
         loss = model(X, Y)[1] # no name holds the logits on
-        loss = train_data.weigh(loss, Y) / divisor # where not all targets count
+        loss = train_data.scale_loss(loss, Y) / divisor # where not all targets count
         loss = loss * (1 + 0 * loss.detach()) # an infinite loss can have a finite gradient: make it nan on all ranks
     scaler.scale(loss).backward()
     loss_sum.add_(loss.detach())
@@ -269,7 +273,7 @@ def save(name='ckpt.pt'):
 # -----------------------------------------------------------------------------
 # loop
 growth = gradient_accumulation_steps, batch_size_warmup_iters # of the batch
-batches = train_data.train_batches(deal(iter_num, *growth, rank, world_size), device)
+batches = train_data.train_batches(indices(iter_num, *growth, rank, world_size), device)
 if not eval_only:
     log = RunLog(out_dir, knobs, iter_num, micro_batches(iter_num, *growth)[0] * tokens_per_micro_batch, run_id, quiet=not master_process)
     if master_process and init_from != 'resume':
@@ -290,12 +294,12 @@ while True:
     evaluated = iter_num % eval_interval == 0 or iter_num >= max_iters or eval_only
     losses = estimate_loss() if evaluated else None
     if losses: # no signal came meanwhile
-        say(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f} (perplexity {perplexity(losses["val"]):.2f})')
+        print0(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f} (perplexity {perplexity(losses["val"]):.2f})')
         if losses['val'] < best_val_loss:
             before = best_val_loss, best_iter, best_file
             best_val_loss, best_iter = losses['val'], iter_num
             best_file = 'best.pt' if (iter_num > 0 or init_from != 'scratch') and not always_save_checkpoint and not eval_only else None
-            if best_file and not parallel.agree(save(best_file)):
+            if best_file and not parallel.broadcast(save(best_file)):
                 best_val_loss, best_iter, best_file = before # the file holds that one still
         if not eval_only:
             log.evaluation(iter_num, first * tokens_per_micro_batch, train_loss=losses['train'], val_loss=losses['val'], lr=lr)
@@ -317,7 +321,7 @@ while True:
         divisor.fill_(count / world_size if number < count else math.inf) # beyond the last micro-batch: adds nothing
         seed_dropout(seed, iter_num, number) # like the data, it is a function of the iteration
         X, Y = next(batches)
-        with parallel.exchange(model, on=micro_step == micro_steps - 1):
+        with parallel.no_sync(model, on=micro_step == micro_steps - 1):
             add_gradients(X, Y)
     clip_gradients()
 
@@ -338,7 +342,7 @@ while True:
 
     # every rank helps to log, the master writes; .item() waits for the device, so it stands only here
     if logged:
-        log.iteration(iter_num, (first + count) * tokens_per_micro_batch, loss=parallel.total(loss_sum).item() / world_size, lr=lr,
+        log.iteration(iter_num, (first + count) * tokens_per_micro_batch, loss=parallel.all_reduce(loss_sum).item() / world_size, lr=lr,
                       grad_norm=grad_norm.item(), clipped=clipped.item(), bad_steps=int(bad_steps), peak_speed=peak_speed,
                       memory_gb=memory_gb(device), **health(raw_model, old_weights))
         bad_steps.zero_()
@@ -353,12 +357,12 @@ while True:
 
 # -----------------------------------------------------------------------------
 # cleanup
-parallel.leave() # all wait here until the master has saved
+parallel.destroy() # all wait here until the master has saved
 if not eval_only:
     log.close()
-    say(f'{ended}iteration {iter_num}, {log.seconds():.1f} s of training, best val loss {best_val_loss:.4f}')
+    print0(f'{ended}iteration {iter_num}, {log.seconds():.1f} s of training, best val loss {best_val_loss:.4f}')
     if os.path.exists(own):
-        say(f'next: {next_command}')
+        print0(f'next: {next_command}')
     if not all(saved.values()):
         lost = ' and '.join(name for name in saved if not saved[name])
         problem = f'{lost} could not be written at the last attempt; what {out_dir} holds is older, if anything'

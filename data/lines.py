@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.tokenizer import char_meta, dataset_meta, from_meta, short, write_whole
+from data.tokenizer import char_meta, dataset_meta, from_meta, short
 from data.write import clear
+from support.files import write_whole
 
 ASCII = char_meta('\n' + ''.join(map(chr, range(32, 127)))) # one vocabulary for all tasks, so that a model can go from one to the next
 LONGEST = 64 # characters of a line

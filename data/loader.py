@@ -17,7 +17,6 @@ import torch
 from data.lines import find_starts, mask_targets
 from data.tokenizer import dataset_meta
 
-
 MOST = 2**28 # tokens of a batch
 CHECKED = 50_000_000 # tokens that are looked through at the start for ids the model does not have
 
@@ -75,7 +74,7 @@ def floor_sum(n, m, a, b):
         n, b, m, a = top // m, top % m, a, m # count the same points column by column
 
 
-def deal(iteration, most, warmup_iters, rank, world_size):
+def indices(iteration, most, warmup_iters, rank, world_size):
     """
     Numbers of the micro-batches that one process is dealt, from `iteration` on. All get equally many: where an
     iteration's do not divide, its last round runs into the numbers of the next, which deals them again.
@@ -161,7 +160,7 @@ class Loader:
             Y[self.mask[starts][:, 1:] == 0] = -1
         return torch.from_numpy(X), torch.from_numpy(Y)
 
-    def weigh(self, loss, Y):
+    def scale_loss(self, loss, Y):
         """The mean loss of a micro-batch with targets Y, so scaled that a target weighs the same in whichever micro-batch it is."""
         if not self.masked:
             return loss

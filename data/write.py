@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.tokenizer import GPT2, from_meta, short, write_whole
+from data.tokenizer import GPT2, from_meta, short
+from support.files import write_whole
 
 
 def to_uint16(ids):

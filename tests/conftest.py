@@ -70,7 +70,7 @@ class Project:
 
     def __init__(self, path, spawner=None):
         self.path, self.spawner, self.count = path, spawner, 0
-        for source in [*ROOT.glob('*.py'), *ROOT.glob('config/*.py'), *ROOT.glob('data/**/*.py'), ROOT / 'Makefile']:
+        for source in [*ROOT.glob('*.py'), *ROOT.glob('config/*.py'), *ROOT.glob('support/*.py'), *ROOT.glob('data/**/*.py'), ROOT / 'Makefile']:
             target = path / source.relative_to(ROOT)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, target)

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from device import Recorder
+from support.graphs import Recorder
 
 
 def tensors(tree):

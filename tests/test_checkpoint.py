@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-import checkpoint as ckpt
+from support import checkpoint as ckpt, weights
 from conftest import TINY
 from model import GPT, GPTConfig
 
@@ -33,7 +33,7 @@ def write(path, **changes):
 def test_a_checkpoint_that_lies_is_refused_in_one_line(tmp_path, changes):
     write(tmp_path / 'ckpt.pt', **changes)
     with pytest.raises(ValueError) as e:
-        ckpt.open_model(str(tmp_path / 'ckpt.pt'))
+        weights.open_model(str(tmp_path / 'ckpt.pt'))
     assert '\n' not in str(e.value)
 
 

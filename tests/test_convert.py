@@ -5,9 +5,9 @@ import sys
 import pytest
 import torch
 
-from checkpoint import open_model
+from support.weights import open_model
 from conftest import write_dataset
-from convert import from_pretrained, to_transformers, tokenizer_files
+from support.hf import from_pretrained, to_transformers, tokenizer_files
 from data.tokenizer import GPT2, char_meta, from_meta, gpt2_encoding, make_meta, same_tokenizer
 from generate import stream
 from model import GPT, GPTConfig
@@ -216,7 +216,7 @@ def test_special_tokens_of_tiktoken_keep_their_ids(monkeypatch):
     import tokenizers
     bpe = tiktoken.Encoding('gaps', pat_str=r'\w+|\W', mergeable_ranks={**{bytes([i]): i for i in range(256)}, b'to': 256, b'be': 257},
                             special_tokens={'<|fim_prefix|>': 262, '<|endoftext|>': 260})
-    for module in ('convert', 'data.tokenizer'):
+    for module in ('support.hf', 'data.tokenizer'):
         monkeypatch.setattr(f'{module}.tiktoken_encoding', lambda name: bpe)
     meta = {'tokenizer': 'tiktoken', 'name': 'gaps', 'vocab_size': 263}
     files, own = tokenizer_files(meta, 64), from_meta(meta)

@@ -13,12 +13,13 @@ import sys
 import pytest
 import torch
 
-import checkpoint as ckpt
+from support import checkpoint as ckpt
 from conftest import TINY
-from device import Recorder, lacking
+from support.graphs import Recorder
+from support.device import lacking
 from generate import new_cache, stream
 from model import GPT, GPTConfig
-from runlog import read_log
+from support.runlog import read_log
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs an NVIDIA GPU')
 

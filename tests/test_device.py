@@ -3,8 +3,8 @@ import os
 import pytest
 import torch
 
-import device
-from device import cpu_threads, peak_flops, resolve, tune
+from support import device
+from support.device import cpu_threads, peak_flops, resolve, tune
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.cuda, 'get_arch_list', lambda: list(archs))
         monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: mps)
         monkeypatch.setattr('importlib.util.find_spec', lambda name: triton or None)
-        monkeypatch.setattr('device.lacking', lambda: lacking)
+        monkeypatch.setattr('support.device.lacking', lambda: lacking)
         monkeypatch.delenv('LOCAL_RANK', raising=False)
     return pretend
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint as ckpt
+from support import weights
 from conftest import TINY, write_dataset
 from data.tokenizer import from_meta
 
@@ -27,7 +27,7 @@ def swapped(project):
 
 def test_exact_match_is_that_of_greedy_generation(swapped):
     out = swapped.run('eval.py', '--out_dir=out-swaps', '--num_lines=50').stdout
-    model, loaded = ckpt.open_model(str(swapped.path / 'out-swaps' / 'ckpt.pt'))
+    model, loaded = weights.open_model(str(swapped.path / 'out-swaps' / 'ckpt.pt'))
     tokenizer, right = from_meta(loaded['meta']), 0
     text = tokenizer.decode(np.fromfile(swapped.path / 'data' / 'swaps' / 'val.bin', dtype=np.uint16).tolist()).splitlines()
     asked = [text[i] for i in range(0, 400, 8)]

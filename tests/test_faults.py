@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint as ckpt
+from support import checkpoint as ckpt
 from conftest import TINY
-from runlog import read_log
+from support.runlog import read_log
 
 pytestmark = pytest.mark.skipif(os.name != 'posix', reason='signals and fork are those of POSIX')
 LONG = [*TINY, '--dropout=0.2', '--gradient_accumulation_steps=3', '--eval_interval=20', '--max_iters=100']

@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-import runlog
+from support import runlog
 from conftest import ROOT, TINY, write_dataset
-from data.tokenizer import partial_name, remove_partials, write_whole
+from support.files import partial_name, remove_partials, write_whole
 
 posix = pytest.mark.skipif(os.name != 'posix', reason='needs POSIX')
 

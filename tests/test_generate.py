@@ -3,10 +3,10 @@ import torch
 
 import generate
 import tape
-from device import Recorder
+from support.graphs import Recorder
 from generate import KVCache, new_cache, pick, seen_in, stream
 from model import GPT, GPTConfig
-from ops import pack
+from support.cpu import pack
 
 KNOBS = [dict(), dict(pos='rotary'), dict(pos='alibi'), dict(pos='none'), dict(n_kv_head=2), dict(n_kv_head=1, pos='rotary', qk_norm=True),
          dict(tie_embeddings=False, pos='alibi', n_kv_head=2), dict(pos='rotary', norm='rmsnorm', activation='relu2', qk_norm=True,

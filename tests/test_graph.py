@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint as ckpt
+from support import checkpoint as ckpt
 import tape
 from conftest import TINY
-from device import Recorder, can_record, pays_to_compile
+from support.graphs import Recorder, can_record
+from support.device import pays_to_compile
 from model import GPT, GPTConfig
-from runlog import read_log
+from support.runlog import read_log
 
 TAPED = f"""
 import os, runpy, sys
@@ -46,8 +47,8 @@ if planted: # the loss of this iteration is nan; forward knows it by a tensor
     muon.set_rates = plant
 if os.environ.get('ITEM'): # somebody looks at a number within a step
     import data.loader
-    weigh = data.loader.Loader.weigh
-    data.loader.Loader.weigh = lambda self, loss, Y: weigh(self, loss, Y) if loss.item() else loss
+    weigh = data.loader.Loader.scale_loss
+    data.loader.Loader.scale_loss = lambda self, loss, Y: weigh(self, loss, Y) if loss.item() else loss
 runpy.run_path('train.py', run_name='__main__')
 """
 MUON = ['--optimizer=muon', '--pos=rotary', '--tie_embeddings=False', '--weight_decay=0.1']

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from convert import to_transformers
+from support.hf import to_transformers
 from data.tokenizer import from_meta, make_meta
 from model import GPT, GPTConfig
 from test_model import MODERN
@@ -38,7 +38,7 @@ def tasks(tmp_path):
 def test_answers_equal_those_of_the_harness_own_backend(tasks, knobs, monkeypatch):
     hf = pytest.importorskip('lm_eval.models.huggingface', exc_type=ImportError)
     monkeypatch.setenv('HF_DATASETS_CACHE', str(tasks / 'cache'))
-    from harness import Harness
+    from support.harness import Harness
     torch.manual_seed(5)
     meta = make_meta('train', 300, TEXTS * 10)
     model = GPT(GPTConfig(**{**dict(block_size=64, vocab_size=320, n_layer=2, n_head=4, n_embd=32), **knobs})).eval()

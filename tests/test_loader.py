@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from data.loader import Loader, deal, micro_batches, permute
+from data.loader import Loader, indices, micro_batches, permute
 
 
 def make(tmp_path, n=1000, block_size=8, batch_size=4, seed=1, vocab_size=1000):
@@ -55,8 +55,8 @@ def test_epochs_differ_in_order_and_in_where_the_cuts_fall(tmp_path):
 
 
 def test_a_batch_depends_on_seed_and_iteration_alone(tmp_path):
-    straight = take(make(tmp_path).train_batches(deal(0, 2, 0, 0, 1), 'cpu'), 20)
-    resumed = take(make(tmp_path).train_batches(deal(7, 2, 0, 0, 1), 'cpu'), 6)
+    straight = take(make(tmp_path).train_batches(indices(0, 2, 0, 0, 1), 'cpu'), 20)
+    resumed = take(make(tmp_path).train_batches(indices(7, 2, 0, 0, 1), 'cpu'), 6)
     for (X, Y), (U, V) in zip(straight[14:], resumed):
         assert (X == U).all() and (Y == V).all()
     other = next(make(tmp_path, seed=2).train_batches([0], 'cpu'))
@@ -74,8 +74,8 @@ def test_batches_drawn_many_at_a_time_are_those_drawn_one_by_one(tmp_path):
 @pytest.mark.parametrize('world_size', [2, 4])
 def test_any_number_of_processes_sees_the_same_global_batches(tmp_path, world_size):
     loader = make(tmp_path)
-    alone = take(loader.train_batches(deal(0, 4, 0, 0, 1), 'cpu'), 12)
-    ranks = [take(loader.train_batches(deal(0, 4, 0, rank, world_size), 'cpu'), 12 // world_size) for rank in range(world_size)]
+    alone = take(loader.train_batches(indices(0, 4, 0, 0, 1), 'cpu'), 12)
+    ranks = [take(loader.train_batches(indices(0, 4, 0, rank, world_size), 'cpu'), 12 // world_size) for rank in range(world_size)]
     for iteration in range(3):
         want = {tuple(row) for X, _ in alone[4 * iteration:4 * iteration + 4] for row in X.tolist()}
         per_rank = 4 // world_size
@@ -97,7 +97,7 @@ def test_a_growing_batch_is_dealt_whole_to_any_number_of_processes(world_size):
     for it in range(20):
         first, count = micro_batches(it, 8, 16)
         steps = -(-count // world_size)
-        dealt = [number for rank in range(world_size) for number in take(deal(it, 8, 16, rank, world_size), steps)]
+        dealt = [number for rank in range(world_size) for number in take(indices(it, 8, 16, rank, world_size), steps)]
         assert len(set(dealt)) == len(dealt) == steps * world_size and set(range(first, first + count)) <= set(dealt)
 
 

@@ -3,7 +3,7 @@ import sys
 import pytest
 import torch
 
-from checkpoint import open_model, with_lora
+from support.weights import open_model, with_lora
 from conftest import TINY
 from model import GPT, GPTConfig
 from test_model import MODERN

@@ -5,11 +5,11 @@ import torch
 from torch.nn import functional as F
 
 import model as model_module
-import ops
-from checkpoint import resolve_sizes
-from convert import from_pretrained
+from support import cpu as ops
+from support.weights import resolve_sizes
+from support.hf import from_pretrained
 from model import GPT, GPTConfig
-from ops import dropout
+from support.cpu import dropout
 
 
 def tiny(**changes):
@@ -219,7 +219,7 @@ def test_sizes_that_make_no_model_are_refused(changes, message):
         GPTConfig(**changes)
 
 
-@pytest.mark.parametrize('module, needs', [(model_module, {'math', 'dataclasses', 'functools', 'torch', 'ops'}), (ops, {'os', 'numpy', 'torch'})])
+@pytest.mark.parametrize('module, needs', [(model_module, {'math', 'dataclasses', 'functools', 'torch', 'support'}), (ops, {'os', 'numpy', 'torch'})])
 def test_model_py_touches_nothing_of_ours_but_ops(module, needs):
     with open(module.__file__, encoding='utf-8') as f:
         imports = {line.split()[1].split('.')[0] for line in f if line.startswith(('import ', 'from '))}

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-import checkpoint as ckpt
+from support import checkpoint as ckpt
 import muon
 from conftest import TINY
 from model import GPT, GPTConfig

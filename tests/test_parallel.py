@@ -12,9 +12,9 @@ import time
 import pytest
 import torch
 
-import checkpoint as ckpt
+from support import checkpoint as ckpt
 from conftest import TINY
-from runlog import read_log
+from support.runlog import read_log
 
 TORCHRUN = (sys.executable, '-m', 'torch.distributed.run')
 BOTH = (*TORCHRUN, '--standalone', '--nproc_per_node=2')

@@ -16,13 +16,13 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 import data.tokenizer
-from checkpoint import read
+from support.checkpoint import read
 from conftest import ROOT, TINY
 from data import download, lines
 from data.write import write_dataset
-from device import memory_gb
-from parallel import StopSignals
-from runlog import RunLog, read_log
+from support.device import memory_gb
+from support.signals import StopSignals
+from support.runlog import RunLog, read_log
 
 # a CPU that says it is an Apple GPU; the fused AdamW of MPS does not look at found_inf
 MPS = """

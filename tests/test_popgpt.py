@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint as ckpt
+from support import checkpoint as ckpt
 from conftest import ROOT, TINY
 from data.lines import ASCII
 from model import GPT, GPTConfig
-from runlog import RunLog, perplexity
+from support.runlog import RunLog, perplexity
 
 SIZES = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=16)
 

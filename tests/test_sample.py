@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import checkpoint as ckpt
+from support import weights
 from conftest import ROOT, TINY, Project, write_dataset
 from data.tokenizer import continuation, from_meta
 from test_train import nanogpt_checkpoint
@@ -99,7 +99,7 @@ def test_a_chat_goes_on_from_what_was_said(project, flags):
     assert done.returncode == 0 and not done.stderr, done.stderr
     replies = done.stdout.split('> ')[1:]
     assert len(replies) == 6 and "lacks '!'" in replies[1] # which was not said
-    model, loaded = ckpt.open_model(str(project.path / 'out-chat' / 'ckpt.pt'))
+    model, loaded = weights.open_model(str(project.path / 'out-chat' / 'ckpt.pt'))
     tokenizer, context = from_meta(loaded['meta']), ''
     for line, reply in zip(('to be', 'or'), (replies[0], replies[2])): # 15 tokens in all
         context += ('\n' if context and not context.endswith('\n') else '') + line

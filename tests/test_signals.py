@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-import checkpoint as ckpt
+from support import checkpoint as ckpt
 from conftest import TINY
-from runlog import read_log
+from support.runlog import read_log
 
 pytestmark = pytest.mark.skipif(os.name != 'posix', reason='needs POSIX')
 

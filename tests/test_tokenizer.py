@@ -9,7 +9,8 @@ import pytest
 import tiktoken
 
 from data import tokenizer
-from data.tokenizer import char_meta, from_meta, load_meta, write_whole
+from data.tokenizer import char_meta, from_meta, load_meta
+from support.files import write_whole
 from data.write import Piece, to_uint16, write_dataset, write_documents
 
 

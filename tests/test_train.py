@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint as ckpt
+from support import checkpoint as ckpt, resume, weights
 from configurator import default_of, read_knobs, run_file
 from conftest import ROOT, TINY, write_dataset
 from model import GPT, GPTConfig
-from runlog import read_log
+from support.runlog import read_log
 
 TORCHRUN = (sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
 
 
-def weights(folder):
+def weights_of(folder):
     return ckpt.load(str(folder))['model']
 
 
@@ -58,7 +58,7 @@ def test_a_run_learns_and_leaves_checkpoint_log_and_picture(trained):
 
 def test_the_printed_validation_loss_is_that_of_the_whole_split(project, trained):
     out = project.run('train.py', *TINY, '--out_dir=out-trained', '--init_from=resume', '--eval_only=True', '--eval_iters=1000').stdout
-    model = ckpt.build_model(ckpt.load(str(trained[0]))).eval()
+    model = weights.build_model(ckpt.load(str(trained[0]))).eval()
     tokens = torch.from_numpy(np.fromfile(project.path / 'data/tiny/val.bin', dtype=np.uint16).astype(np.int64))
     n = (len(tokens) - 1) // 16 * 16
     with torch.no_grad():
@@ -69,8 +69,8 @@ def test_the_printed_validation_loss_is_that_of_the_whole_split(project, trained
 def test_the_same_command_gives_the_same_weights_and_another_seed_others(project, trained):
     project.run('train.py', *TINY, '--out_dir=out-again')
     project.run('train.py', *TINY, '--out_dir=out-seed', '--seed=7')
-    assert same(weights(trained[0]), weights(project.path / 'out-again'))
-    assert not same(weights(trained[0]), weights(project.path / 'out-seed'))
+    assert same(weights_of(trained[0]), weights_of(project.path / 'out-again'))
+    assert not same(weights_of(trained[0]), weights_of(project.path / 'out-seed'))
 
 
 @pytest.mark.parametrize('dropout', ['--dropout=0.2', '--attn_dropout=0.2'])
@@ -83,7 +83,7 @@ def test_resumed_run_equals_uninterrupted_run_bitwise(project, dropout):
     out = project.run('train.py', *flags, '--out_dir=out-stopped', '--init_from=auto').stdout
     assert 'resuming' in out and 'iteration 5' in out
     straight, stopped = project.path / 'out-straight', project.path / 'out-stopped'
-    assert same(weights(straight), weights(stopped))
+    assert same(weights_of(straight), weights_of(stopped))
     a, b = (torch.load(f / 'optimizer-10.pt', weights_only=True)['state'] for f in (straight, stopped))
     assert all(torch.equal(a[i][name], b[i][name]) for i in a for name in a[i])
     numbers = lambda folder: [(r['iter'], r.get('loss'), r.get('val_loss')) for r in read_log(folder / 'log.csv')]
@@ -103,7 +103,7 @@ def test_fine_tuning_takes_the_weights_and_nothing_else(project, trained):
 @pytest.mark.parametrize('prefix', ['', 'module._orig_mod.', '_orig_mod.module.'])
 def test_names_of_compiled_and_distributed_models_are_ours(tmp_path, prefix):
     model = nanogpt_checkpoint(tmp_path / 'wrapped', prefix)
-    assert same(weights(tmp_path / 'wrapped'), model.state_dict())
+    assert same(weights_of(tmp_path / 'wrapped'), model.state_dict())
 
 
 def test_a_nanogpt_checkpoint_resumes(project):
@@ -111,7 +111,7 @@ def test_a_nanogpt_checkpoint_resumes(project):
     write_dataset(project.path / 'data' / 'nano', 'abcdefghijklmnopqr' * 50)
     out = project.run('train.py', *TINY, '--dataset=nano', '--out_dir=out-nano', '--init_from=resume', '--max_iters=6').stdout
     assert 'at iteration 3' in out and 'iter 3: loss' in out
-    assert not same(weights(project.path / 'out-nano'), model.state_dict())
+    assert not same(weights_of(project.path / 'out-nano'), model.state_dict())
     state = torch.load(project.path / 'out-nano' / 'optimizer-6.pt', weights_only=True)['state']
     assert all(s['step'] == 4 for s in state.values()) # one step of nanoGPT's, three of ours
 
@@ -159,7 +159,7 @@ def test_the_config_of_a_run_repeats_it(project, trained):
     path = trained[0] / 'config.py'
     assert path.read_text().startswith('# from iteration 0: python train.py --device=cpu ')
     project.run('train.py', path, '--out_dir=out-repeated')
-    assert same(weights(trained[0]), weights(project.path / 'out-repeated'))
+    assert same(weights_of(trained[0]), weights_of(project.path / 'out-repeated'))
 
 
 def test_a_resumed_run_lists_both_commands(project):
@@ -227,7 +227,7 @@ def test_the_gradient_scaler_of_float16_is_resumed(tmp_path):
     ckpt.save(str(tmp_path / 'ckpt.pt'), {'model': model.state_dict(), 'model_args': vars(model.config), 'iter_num': 1},
               {**optimizer.state_dict(), 'scaler': scaler.state_dict()})
     other = make()
-    ckpt.load_optimizer(optimizer, other, ckpt.load(str(tmp_path)))
+    resume.load_optimizer(optimizer, other, ckpt.load(str(tmp_path)))
     assert other.state_dict() == scaler.state_dict() and other.get_scale() == 512.0
 
 
@@ -342,7 +342,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
     loaded['model_args']['n_embd'] = 32
     torch.save(loaded, tmp_path / 'ckpt.pt')
     with pytest.raises(ValueError, match='do not fit its model_args'):
-        ckpt.build_model(ckpt.load(str(tmp_path)))
+        weights.build_model(ckpt.load(str(tmp_path)))
 
 
 def test_a_save_that_fails_leaves_the_old_pair(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ Expressions and their values, 2+4-8*10=-74: input.txt, train.bin, val.bin and me
 import os
 import re
 import sys
-from fractions import Fraction # noqa: F401, eval() in answer() uses it
+from fractions import Fraction  # noqa: F401, eval() in answer() uses it
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))

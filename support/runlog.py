@@ -22,8 +22,8 @@ if __name__ == '__main__':
 from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
-from data.tokenizer import remove_partials, write_whole
-from parallel import gather
+from support.distributed import gather, print0
+from support.files import remove_partials, write_whole
 
 # Of each logged iteration: mean loss over its batch; of each evaluation: train_loss and val_loss; then the health
 # of the network: norm of the gradient before clipping, share of steps since the last row that were clipped, at
@@ -31,16 +31,6 @@ from parallel import gather
 # loss or the gradient was not finite. memory_gb is the peak so far, of the GPU, else of the process.
 COLUMNS = ('iter', 'tokens', 'seconds', 'loss', 'train_loss', 'val_loss', 'lr', 'grad_norm', 'clipped', 'weight_norm',
            'update_norm', 'bad_steps', 'tokens_per_second', 'mfu', 'memory_gb')
-
-
-def say(text):
-    """Print a line, above the progress bar if there is one, from one process only. A terminal or pipe that is gone ends no run."""
-    if os.environ.get('RANK', '0') == '0':
-        try:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
-        except OSError:
-            sys.stdout = sys.stderr = open(os.devnull, 'w') # nobody reads on
 
 
 class RunLog:
@@ -122,7 +112,7 @@ class RunLog:
         text = f'{speed:,.0f} tok/s' + (f', mfu {mfu * 100:.1f}%' if mfu else '')
         if self.bar.disable and not self.quiet:
             losses = f'loss {loss:.4f}, perplexity {perplexity(loss):.2f}'
-            say(f'iter {iter_num}: {losses}, {dt * 1000:.2f} ms, {text}')
+            print0(f'iter {iter_num}: {losses}, {dt * 1000:.2f} ms, {text}')
         self.bar.set_postfix_str(f'loss {loss:.4f}, {text}', refresh=False)
         self.advance(iter_num + 1)
         self.last_time, self.last_iter, self.last_row, self.last_tokens = now, iter_num + 1, iter_num + 1, tokens
@@ -131,7 +121,7 @@ class RunLog:
         """Bring the bar to so many iterations done."""
         try:
             self.bar.update(iterations - self.bar.n)
-        except OSError: # as in say()
+        except OSError: # as in print0()
             self.bar.disable = True
 
     def row(self, **numbers):
@@ -163,7 +153,7 @@ class RunLog:
             self.broken.discard(where)
         except Exception as e: # OSError mostly, but a picture and wandb have many ways to fail
             if where not in self.broken: # said once
-                say(f'cannot write the log {where or f"into {self.out_dir}"}: {getattr(e, "strerror", None) or e}; training goes on')
+                print0(f'cannot write the log {where or f"into {self.out_dir}"}: {getattr(e, "strerror", None) or e}; training goes on')
             self.broken.add(where)
 
 
@@ -178,7 +168,7 @@ def lock(folder):
     which process holds it. None where the system has no locks.
     """
     try:
-        import fcntl # not on Windows
+        import fcntl  # not on Windows
     except ImportError:
         return None
     file = open(os.path.join(folder, 'run.lock'), 'a+', encoding='utf-8')

@@ -5,12 +5,8 @@ and the functions that ask the others answer for it alone.
 """
 
 import contextlib
-import faulthandler
 import os
-import signal
-import socket
 import sys
-import threading
 import time
 from datetime import timedelta
 
@@ -21,7 +17,7 @@ from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from configurator import fail
-from device import DTYPES
+from support.device import DTYPES
 
 
 def start(backend, device, timeout, accumulation):
@@ -62,7 +58,7 @@ def start(backend, device, timeout, accumulation):
     return rank, n
 
 
-def leave():
+def destroy():
     """
     The end of all processes together. They meet in the store, which is torchrun's and outlives them: to meet by an
     exchange would leave the first to close its connections while another still reads from them.
@@ -86,7 +82,7 @@ def lost_contact(report):
     return hook
 
 
-def agree(value):
+def broadcast(value):
     """Rank 0's `value`, any small object, on every rank."""
     box = [value]
     if dist.is_initialized():
@@ -103,7 +99,7 @@ def any_rank(flag):
     return flag.item() > 0
 
 
-def total(tensor):
+def all_reduce(tensor):
     """`tensor` summed over all ranks, in place."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
@@ -130,57 +126,8 @@ def mean_losses(evaluate, device, *splits, stop=False):
                     torch.cuda.synchronize() # else all batches are under way before the first is done
                 if any_rank(stop):
                     return None
-    sums = total(sums)
+    sums = all_reduce(sums)
     return torch.stack([sums[:, 0] / sums[:, 1], sums[:, 1]], 1)
-
-
-class StopSignals:
-    """
-    True once this process was asked to end: Ctrl-C, a scheduler's SIGTERM, SLURM's warning SIGUSR1, a lost terminal.
-
-    A first signal leaves it to the run to end after its iteration, with a save. While nothing_to_lose, and at a second signal,
-    the process ends at once, with 128 + the signal's number as its exit code. SIGUSR2 prints the stack of every thread.
-    """
-
-    def __init__(self):
-        self.number, self.since, self.nothing_to_lose, self.handled = None, 0.0, True, set()
-        # Python runs a handler only once the main thread is back from C code, which may be a hanging compiler or NCCL.
-        # So the handlers do nothing, and a thread reads the numbers that Python writes into a socket right away.
-        self.socket, wakeup = socket.socketpair()
-        wakeup.setblocking(False)
-        self.wakeup = wakeup # kept open
-        for name in ('SIGINT', 'SIGTERM', 'SIGUSR1', 'SIGHUP'):
-            # Windows does not have all of them; ignored signals stay ignored (nohup)
-            if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
-                signal.signal(getattr(signal, name), lambda number, frame: None)
-                self.handled.add(getattr(signal, name))
-        signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
-        threading.Thread(target=self.watch, daemon=True).start()
-        if sys.stderr:
-            faulthandler.enable()
-            if hasattr(signal, 'SIGUSR2'):
-                faulthandler.register(signal.SIGUSR2)
-
-    def watch(self):
-        while True:
-            number = self.socket.recv(1)[0]
-            if number in self.handled: # other handlers of Python's may be there too
-                self.receive(number, time.monotonic())
-
-    def receive(self, number, now):
-        """Handle signal `number` at `now` (seconds)."""
-        second = self.number is not None
-        if second and now - self.since < 1: # one request often comes twice: timeout(1) and a closed terminal send two
-            return
-        at_once = second or self.nothing_to_lose
-        if number == signal.SIGINT and os.environ.get('RANK', '0') == '0' and sys.stderr and sys.stderr.isatty():
-            os.write(2, b'\ninterrupted\n' if at_once else b'\nstopping after this iteration; Ctrl-C again ends at once\n')
-        if at_once:
-            os._exit(128 + number)
-        self.number, self.since = number, now
-
-    def __bool__(self):
-        return self.number is not None
 
 
 def shard(model, device, dtype, compile):
@@ -203,7 +150,7 @@ def shard(model, device, dtype, compile):
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
-def exchange(model, on):
+def no_sync(model, on):
     """
     Context for a backward pass that does (on=True) or does not yet exchange gradients between ranks. FSDP2 exchanges them
     each time: what is not shared out yet would be whole on every rank.
@@ -239,3 +186,13 @@ def shard_like(tensor, param):
         return tensor
     from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(tensor.to(param.device), param.device_mesh, param.placements, src_data_rank=None)
+
+
+def print0(text):
+    """Print a line, above the progress bar if there is one, from one process only. A terminal or pipe that is gone ends no run."""
+    if os.environ.get('RANK', '0') == '0':
+        try:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+        except OSError:
+            sys.stdout = sys.stderr = open(os.devnull, 'w') # nobody reads on

@@ -1,0 +1,1 @@
+"""What nobody types or edits; readme.md lists what is here."""
