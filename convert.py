@@ -11,9 +11,9 @@ format of transformers (a folder, or a name of the Hugging Face hub).
 from configurator import check, configure
 
 # -----------------------------------------------------------------------------
-init_from = 'out' # what to convert: a run's folder, a checkpoint, a folder in the format of transformers, or a name of the hub
-output = '' # the folder to write, which must be new
-to = 'transformers' # or 'flatgpt'
+init_from = 'out'  # what to convert: a run's folder, a checkpoint, a folder in the format of transformers, or a name of the hub
+output = ''  # the folder to write, which must be new
+to = 'transformers'  # or 'flatgpt'
 configure(globals(), paths=('init_from', 'output'))
 
 # -----------------------------------------------------------------------------
@@ -30,22 +30,44 @@ if not os.path.isdir(os.path.dirname(os.path.abspath(output))):
     raise ValueError(f'output={output!r}: {os.path.dirname(os.path.abspath(output))} is not there')
 model, loaded = open_model(init_from)
 config, meta = loaded.get('config', {}), loaded.get('meta')
-if not meta and 'dataset' in config: # nanoGPT leaves it with the dataset
+if not meta and 'dataset' in config:  # nanoGPT leaves it with the dataset
     try:
         meta = tokenizer_meta(loaded, init_from, model.config.vocab_size)
-    except ValueError: # which is not here
+    except ValueError:  # which is not here
         pass
 best_val_loss = float(loaded.get('best_val_loss', 'inf'))
 if to == 'flatgpt':
     with new_folder(output) as folder:
-        write(os.path.join(folder, 'ckpt.pt'), dict(
-            model=model.state_dict(), model_args=vars(model.config), meta=meta, config=config,
-            iter_num=loaded.get('iter_num', 0), best_val_loss=best_val_loss))
+        write(
+            os.path.join(folder, 'ckpt.pt'),
+            dict(
+                model=model.state_dict(),
+                model_args=vars(model.config),
+                meta=meta,
+                config=config,
+                iter_num=loaded.get('iter_num', 0),
+                best_val_loss=best_val_loss,
+            ),
+        )
 else:
-    told = ('dataset', 'optimizer', 'learning_rate', 'batch_size', 'gradient_accumulation_steps', 'block_size', 'seed')
+    told = (
+        'dataset',
+        'optimizer',
+        'learning_rate',
+        'batch_size',
+        'gradient_accumulation_steps',
+        'block_size',
+        'seed',
+    )
     figures = {name: config[name] for name in told if name in config}
     if config:
-        figures = {'iterations': f'{loaded["iter_num"]:,}',
-                   'validation loss (nats per token)': f'{best_val_loss:.4f}', **figures}
+        figures = {
+            'iterations': f'{loaded["iter_num"]:,}',
+            'validation loss (nats per token)': f'{best_val_loss:.4f}',
+            **figures,
+        }
     to_transformers(model, meta, output, figures)
-print(f'{output}: {model.get_num_params() / 1e6:.2f}M parameters' + ('' if meta else ', without a tokenizer, since none came with them'))
+print(
+    f'{output}: {model.get_num_params() / 1e6:.2f}M parameters'
+    + ('' if meta else ', without a tokenizer, since none came with them')
+)

@@ -17,7 +17,7 @@ class KVCache:
     beyond it overwrites the oldest. Sequences of unequal length stand flush right: the first pad[b] columns of sequence b are empty.
     """
 
-    span = step = None # StaticCache has spans; step: of stream(), for its next call
+    span = step = None  # StaticCache has spans; step: of stream(), for its next call
 
     def __init__(self, config, size, pad):
         self.config, self.size, self.k, self.v = config, size, None, None
@@ -35,20 +35,26 @@ class KVCache:
         Room for T more columns: their numbers (T,), and what is to be added to their attention scores, (B or 1, nh or 1, T, S)
         in this dtype, or None. Columns that overwrite others come one at a time.
         """
-        assert T == 1 or self.length + T <= self.size, f'{T} columns at once after {self.length} do not fit {self.size}'
+        assert T == 1 or self.length + T <= self.size, (
+            f'{T} columns at once after {self.length} do not fit {self.size}'
+        )
         at = torch.arange(self.length, self.length + T, device=self.pad.device)
         self.slots = slice(self.length % self.size, (self.length + T - 1) % self.size + 1)
         self.length += T
         if T == 1 and not self.ragged and self.config.pos != 'alibi':
-            return at, None # all that is held is seen
+            return at, None  # all that is held is seen
         S = min(self.size, self.length)
-        return at, self.bias(at, self.length - 1 - (self.length - 1 - torch.arange(S, device=at.device)) % self.size, dtype)
+        return at, self.bias(
+            at,
+            self.length - 1 - (self.length - 1 - torch.arange(S, device=at.device)) % self.size,
+            dtype,
+        )
 
     def bias(self, at, held, dtype):
         """What is added to the attention scores of columns `at` (T,) for the columns `held` in the slots (S,)."""
-        distance = at[:, None] - held # (T, S)
+        distance = at[:, None] - held  # (T, S)
         # an empty column sees itself: a row of -inf alone would give nan
-        seen = (distance >= 0) & (held >= self.pad[:, None, None]) | (distance == 0) # (B, T, S)
+        seen = (distance >= 0) & (held >= self.pad[:, None, None]) | (distance == 0)  # (B, T, S)
         bias = torch.zeros(seen.shape, device=at.device).masked_fill(~seen, float('-inf'))[:, None]
         if self.config.pos == 'alibi':
             bias = bias - alibi_slopes(self.config.n_head, at.device)[:, None, None] * distance
@@ -65,12 +71,17 @@ class KVCache:
     def make(self, k):
         """Take the memory, for keys like k (B, n_kv_head, T, hs)."""
         B, n_kv_head, _, hs = k.shape
-        self.k, self.v = ([k.new_zeros(B, n_kv_head, self.size, hs) for _ in range(self.config.n_layer)] for _ in range(2))
+        self.k, self.v = (
+            [k.new_zeros(B, n_kv_head, self.size, hs) for _ in range(self.config.n_layer)]
+            for _ in range(2)
+        )
 
     def repeat(self, n):
         """Each sequence n times."""
         if n > 1:
-            self.k, self.v = ([kept.repeat_interleave(n, 0) for kept in each] for each in (self.k, self.v))
+            self.k, self.v = (
+                [kept.repeat_interleave(n, 0) for kept in each] for each in (self.k, self.v)
+            )
             self.pad = self.pad.repeat_interleave(n)
 
 
@@ -82,7 +93,9 @@ class StaticCache(KVCache):
     """
 
     def __init__(self, config, size, pad):
-        self.end = torch.zeros(1, dtype=torch.int64, device=pad.device) # the length, as the model reads it
+        self.end = torch.zeros(
+            1, dtype=torch.int64, device=pad.device
+        )  # the length, as the model reads it
         self.pad = torch.zeros_like(pad)
         super().__init__(config, size, pad)
 
@@ -99,7 +112,7 @@ class StaticCache(KVCache):
         if self.k is None:
             self.make(other.k[0])
         for mine, theirs in zip(self.k + self.v, other.k + other.v):
-            mine[:, :, :other.length] = theirs[:, :, :other.length]
+            mine[:, :, : other.length] = theirs[:, :, : other.length]
 
     def reserve(self, T):
         self.length += T
@@ -110,13 +123,18 @@ class StaticCache(KVCache):
         self.slots = at % self.size
         self.end += T
         last = self.end - 1
-        return at, self.bias(at, last - (last - torch.arange(self.span, device=at.device)) % self.size, dtype)
+        return at, self.bias(
+            at, last - (last - torch.arange(self.span, device=at.device)) % self.size, dtype
+        )
 
     def extend(self, layer, k, v):
         if self.k is None:
             self.make(k)
-        k, v = self.k[layer].index_copy_(2, self.slots, k), self.v[layer].index_copy_(2, self.slots, v)
-        return k[:, :, :self.span], v[:, :, :self.span]
+        k, v = (
+            self.k[layer].index_copy_(2, self.slots, k),
+            self.v[layer].index_copy_(2, self.slots, v),
+        )
+        return k[:, :, : self.span], v[:, :, : self.span]
 
 
 def span_of(length):
@@ -133,15 +151,19 @@ class Step:
     """
 
     def __init__(self, run, cache, max_new_tokens, vocab_size, recorder, options):
-        zeros = lambda *shape, dtype=torch.int64: torch.zeros(shape, dtype=dtype, device=cache.pad.device)
+        zeros = lambda *shape, dtype=torch.int64: torch.zeros(
+            shape, dtype=dtype, device=cache.pad.device
+        )
         B = len(cache.pad)
         self.run, self.cache, self.vocab_size, self.options = run, cache, vocab_size, options
-        self.recorder, self.recorded = recorder, {} # the latter by span of the cache
-        self.token, self.number = zeros(B, 1), zeros(1) # the latest token; how many were drawn
+        self.recorder, self.recorded = recorder, {}  # the latter by span of the cache
+        self.token, self.number = zeros(B, 1), zeros(1)  # the latest token; how many were drawn
         self.new = zeros(B, max_new_tokens)
         self.draws = zeros(B, max_new_tokens, dtype=torch.float32)
-        self.finite = zeros() # how many tokens were drawn from logits without nan and infinities
-        self.seen = zeros(B, vocab_size, dtype=torch.bool) if options['repetition_penalty'] != 1.0 else None
+        self.finite = zeros()  # how many tokens were drawn from logits without nan and infinities
+        self.seen = (
+            zeros(B, vocab_size, dtype=torch.bool) if options['repetition_penalty'] != 1.0 else None
+        )
 
     def start(self, ids, pad, draws):
         """Get ready to continue ids (B, T), each from its column pad (B,) on, by uniform random numbers (B, max_new_tokens)."""
@@ -163,7 +185,7 @@ class Step:
 
     def logits(self, ids, run):
         """Those of what follows ids (B, T), which join the cache: (B, V)."""
-        return run(ids, cache=self.cache)[0][:, -1, :self.vocab_size].float()
+        return run(ids, cache=self.cache)[0][:, -1, : self.vocab_size].float()
 
     def draw(self, logits):
         """Draw a token from logits (B, V)."""
@@ -178,8 +200,25 @@ class Step:
 
 
 @torch.inference_mode()
-def stream(model, prompts, max_new_tokens, samples=range(1), temperature=1.0, top_k=None, top_p=1.0, min_p=0.0,
-           repetition_penalty=1.0, seed=None, vocab_size=None, stop=None, stride=1, cache=None, compiled=None, cuda_graph=True, kept=None):
+def stream(
+    model,
+    prompts,
+    max_new_tokens,
+    samples=range(1),
+    temperature=1.0,
+    top_k=None,
+    top_p=1.0,
+    min_p=0.0,
+    repetition_penalty=1.0,
+    seed=None,
+    vocab_size=None,
+    stop=None,
+    stride=1,
+    cache=None,
+    compiled=None,
+    cuda_graph=True,
+    kept=None,
+):
     """
     Continue each of `prompts`, lists of token ids of any lengths, once for each number in `samples`, all in one batch: yields
     one tensor (B,) a step, on the CPU, the next token of each sequence, those of the first prompt first, and -1 for those
@@ -199,12 +238,22 @@ def stream(model, prompts, max_new_tokens, samples=range(1), temperature=1.0, to
     nanoGPT does, or of one with stride - 1 tokens less every stride tokens; the others slide: what is kept of the last
     block_size tokens has itself seen tokens further back.
     """
-    block_size, device, B = model.config.block_size, model.lm_head.weight.device, len(prompts) * len(samples)
+    block_size, device, B = (
+        model.config.block_size,
+        model.lm_head.weight.device,
+        len(prompts) * len(samples),
+    )
     vocab_size = vocab_size or model.config.vocab_size
     if stride > 1 and stride >= block_size:
         raise ValueError(f'stride={stride} must be less than block_size={block_size}')
     cuda_graph = cuda_graph and can_record(device)
-    options = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty)
+    options = dict(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+    )
 
     # the prompts, all at once, each once
     own = cache is None
@@ -215,7 +264,10 @@ def stream(model, prompts, max_new_tokens, samples=range(1), temperature=1.0, to
     static = cuda_graph or compiled is not None
     if own:
         cache = KVCache(model.config, T if static else min(block_size, T + max_new_tokens), pad)
-    pieces = [ids[:, cache.length:cache.size], *ids[:, max(cache.length, cache.size):].split(1, dim=1)] # what is beyond its size: one by one
+    pieces = [
+        ids[:, cache.length : cache.size],
+        *ids[:, max(cache.length, cache.size) :].split(1, dim=1),
+    ]  # what is beyond its size: one by one
     for piece in pieces:
         if piece.size(1):
             cache.reserve(piece.size(1))
@@ -231,23 +283,38 @@ def stream(model, prompts, max_new_tokens, samples=range(1), temperature=1.0, to
         cache = kept[B, size]
 
     # the steps
-    step = cache.step # of an earlier call
+    step = cache.step  # of an earlier call
     if step is None or step.options != options or step.new.size(1) != max_new_tokens:
-        recorder = Recorder(cuda_graph and isinstance(cache, StaticCache), report=partial(print, file=sys.stderr))
-        step = cache.step = Step(model if compiled is None else compiled, cache, max_new_tokens, vocab_size, recorder, options)
+        recorder = Recorder(
+            cuda_graph and isinstance(cache, StaticCache), report=partial(print, file=sys.stderr)
+        )
+        step = cache.step = Step(
+            model if compiled is None else compiled,
+            cache,
+            max_new_tokens,
+            vocab_size,
+            recorder,
+            options,
+        )
     draws = torch.rand(B, max_new_tokens)
-    if seed is not None: # a generator for each sample, the same for every prompt
-        generators = [torch.Generator().manual_seed((seed * 1_000_003 + n) % 2**63) for n in samples]
-        draws = torch.stack([torch.rand(max_new_tokens, generator=g) for g in generators]).repeat(len(prompts), 1) # (B, steps)
+    if seed is not None:  # a generator for each sample, the same for every prompt
+        generators = [
+            torch.Generator().manual_seed((seed * 1_000_003 + n) % 2**63) for n in samples
+        ]
+        draws = torch.stack([torch.rand(max_new_tokens, generator=g) for g in generators]).repeat(
+            len(prompts), 1
+        )  # (B, steps)
     step.start(ids, pad, draws)
 
     def make(numbers):
         for number in numbers:
             if number == 0:
                 step.draw(logits)
-            elif model.config.pos == 'learned' and cache.length == block_size: # no position is left for another token
+            elif (
+                model.config.pos == 'learned' and cache.length == block_size
+            ):  # no position is left for another token
                 so_far = torch.cat((ids, step.new[:, :number]), dim=1)
-                window = so_far[:, stride - 1 - block_size:].contiguous()
+                window = so_far[:, stride - 1 - block_size :].contiguous()
                 cache.restart((pad - so_far.size(1) + window.size(1)).clamp_min(0))
                 cache.reserve(window.size(1))
                 step.draw(step.logits(window, model))
@@ -259,11 +326,13 @@ def stream(model, prompts, max_new_tokens, samples=range(1), temperature=1.0, to
     block = 16 if step.recorder.on and own else 1
     make(numbers[:block])
     for first in numbers[::block]:
-        tokens = step.new[:, first:first + block].clone().cpu() # waits for the device
+        tokens = step.new[:, first : first + block].clone().cpu()  # waits for the device
         if step.finite != step.number:
-            raise FloatingPointError('the logits are not finite: the weights are damaged, or too large for this dtype')
+            raise FloatingPointError(
+                'the logits are not finite: the weights are damaged, or too large for this dtype'
+            )
         if block > 1:
-            make(numbers[first + block:][:block]) # the device goes on while these are read
+            make(numbers[first + block :][:block])  # the device goes on while these are read
         for token in tokens.unbind(1):
             yield token.masked_fill(torch.tensor(ended), -1) if any(ended) else token
             for b, t in enumerate(token.tolist() if stop else ()):
@@ -273,7 +342,7 @@ def stream(model, prompts, max_new_tokens, samples=range(1), temperature=1.0, to
             if all(ended):
                 return
         if block == 1:
-            make(numbers[first + 1:][:1])
+            make(numbers[first + 1 :][:1])
 
 
 def can_record(device):
@@ -308,20 +377,28 @@ def pick(logits, draw, temperature, top_k, top_p, min_p, repetition_penalty, see
     2019)
     """
     if seen is not None:
-        logits = torch.where(seen, torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty), logits)
+        logits = torch.where(
+            seen,
+            torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty),
+            logits,
+        )
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits - logits.amax(dim=-1, keepdim=True) # divided by a tiny temperature the largest would be infinite
+    logits = logits - logits.amax(
+        dim=-1, keepdim=True
+    )  # divided by a tiny temperature the largest would be infinite
     temperature = max(temperature, 1e-30)
     k, ids = logits.size(1) if top_k is None else min(top_k, logits.size(1)), None
     if k < logits.size(1) or top_p < 1.0:
-        logits, ids = logits.topk(k) # the most likely first (B, k)
+        logits, ids = logits.topk(k)  # the most likely first (B, k)
     probs = torch.softmax(logits / temperature, dim=-1)
     if min_p > 0.0:
         probs = probs.masked_fill(probs < min_p * probs.amax(dim=-1, keepdim=True), 0.0)
     if top_p < 1.0:
-        likelier = probs.cumsum(-1) - probs # probability of those before it
+        likelier = probs.cumsum(-1) - probs  # probability of those before it
         probs = probs.masked_fill(likelier >= top_p * probs.sum(-1, keepdim=True), 0.0)
     total = probs.cumsum(dim=-1)
-    token = ((total > draw[:, None] * total[:, -1:]) & (probs > 0)).int().argmax(dim=-1) # the first one: the draw falls into its share
+    token = (
+        ((total > draw[:, None] * total[:, -1:]) & (probs > 0)).int().argmax(dim=-1)
+    )  # the first one: the draw falls into its share
     return token if ids is None else ids.gather(1, token[:, None])[:, 0]

@@ -9,8 +9,13 @@ import torch.distributed as dist
 from support.cpu import fast_dtype
 
 # odd quintics that bring singular values to 1 fastest, one after the other: the Polar Express, Amsel et al. 2025, arXiv:2505.16932
-QUINTICS = ((8.1566, -22.4833, 15.8788), (4.0429, -2.8089, 0.5000), (3.8917, -2.7725, 0.5061),
-            (3.2858, -2.3681, 0.4645), (2.3465, -1.7098, 0.4232))
+QUINTICS = (
+    (8.1566, -22.4833, 15.8788),
+    (4.0429, -2.8089, 0.5000),
+    (3.8917, -2.7725, 0.5061),
+    (3.2858, -2.3681, 0.4645),
+    (2.3465, -1.7098, 0.4232),
+)
 
 
 def orthogonalize(X, steps=4, dtype=None):
@@ -20,8 +25,10 @@ def orthogonalize(X, steps=4, dtype=None):
     precision, so dtype None takes bfloat16 where the hardware has it, float16 on older GPUs, else float32.
     """
     wide = X.size(1) <= X.size(2)
-    X = X if wide else X.mT # the smaller side first: fewer multiplications
-    X = X / (1.02 * X.flatten(1).norm(dim=1)[:, None, None] + 1e-7) # a margin for rounding, beyond 1 the first quintic explodes
+    X = X if wide else X.mT  # the smaller side first: fewer multiplications
+    X = X / (
+        1.02 * X.flatten(1).norm(dim=1)[:, None, None] + 1e-7
+    )  # a margin for rounding, beyond 1 the first quintic explodes
     X = X.to(dtype or fast_dtype(X.device))
     for a, b, c in QUINTICS[:steps]:
         A = X @ X.mT
@@ -34,18 +41,20 @@ def orthogonalize_together(X):
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     if world_size == 1:
         return orthogonalize(X)
-    if len(X) < world_size: # a gather would be filled up to one a rank; zeros add nothing
-        mine = orthogonalize(X[dist.get_rank():][:1])
+    if len(X) < world_size:  # a gather would be filled up to one a rank; zeros add nothing
+        mine = orthogonalize(X[dist.get_rank() :][:1])
         whole = mine.new_zeros(X.shape)
-        whole[dist.get_rank():][:1] = mine
+        whole[dist.get_rank() :][:1] = mine
         dist.all_reduce(whole)
         return whole
     share = -(-len(X) // world_size)
-    mine = orthogonalize(X[dist.get_rank() * share:][:share])
+    mine = orthogonalize(X[dist.get_rank() * share :][:share])
     mine = torch.cat([mine, mine.new_zeros(share - len(mine), *X.shape[1:])])
     whole = mine.new_empty(share * world_size, *X.shape[1:])
-    getattr(dist, 'all_gather_single', dist.all_gather_into_tensor)(whole, mine) # its name from torch 2.13 on
-    return whole[:len(X)]
+    getattr(dist, 'all_gather_single', dist.all_gather_into_tensor)(
+        whole, mine
+    )  # its name from torch 2.13 on
+    return whole[: len(X)]
 
 
 class Muon(torch.optim.AdamW):
@@ -59,10 +68,12 @@ class Muon(torch.optim.AdamW):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.momenta = {} # see momentum_of()
+        self.momenta = {}  # see momentum_of()
 
-    def __setstate__(self, state): # load_state_dict calls it too
-        torch.optim.Optimizer.__setstate__(self, state) # AdamW's own looks for a step count in all state
+    def __setstate__(self, state):  # load_state_dict calls it too
+        torch.optim.Optimizer.__setstate__(
+            self, state
+        )  # AdamW's own looks for a step count in all state
         self.momenta = {}
 
     @torch.no_grad()
@@ -77,7 +88,9 @@ class Muon(torch.optim.AdamW):
                 # FSDP2's matrices are gathered for the step, so only a few at a time
                 n = dist.get_world_size() if sharded(params[0]) else len(params)
                 for i in range(0, len(params), n):
-                    self.muon_step(params[i:i + n], group['lr'], group['momentum'], group['weight_decay'])
+                    self.muon_step(
+                        params[i : i + n], group['lr'], group['momentum'], group['weight_decay']
+                    )
         self.param_groups = [group for group in groups if not group.get('muon')]
         super().step()
         self.param_groups = groups
@@ -86,21 +99,29 @@ class Muon(torch.optim.AdamW):
         """One step for matrices of the same shape (rows, cols), all at once. With FSDP2 a rank has `share` of their rows."""
         rows, cols = params[0].shape
         buffer = self.momentum_of(params)
-        grad = torch.stack([local(p.grad) for p in params]).float() # (N, share, cols)
+        grad = torch.stack([local(p.grad) for p in params]).float()  # (N, share, cols)
         weight, bad = 1 - momentum, getattr(self, 'found_inf', None)
-        if bad is not None: # a gradient that is not finite counts nothing in the momentum, and the step is of length 0
+        if (
+            bad is not None
+        ):  # a gradient that is not finite counts nothing in the momentum, and the step is of length 0
             grad.nan_to_num_()
             weight, lr = weight * (1 - bad), lr * (1 - bad)
         buffer.lerp_(grad, weight)
         if sharded(params[0]):
-            torch._foreach_copy_([local(self.state[p]['momentum_buffer']) for p in params], list(buffer))
-        grad.lerp_(buffer, momentum) # Nesterov
-        grad = gather(grad, params) # (N, rows, cols)
-        if rows == 3 * cols: # c_attn (without n_kv_head): queries, keys and values each by themselves
+            torch._foreach_copy_(
+                [local(self.state[p]['momentum_buffer']) for p in params], list(buffer)
+            )
+        grad.lerp_(buffer, momentum)  # Nesterov
+        grad = gather(grad, params)  # (N, rows, cols)
+        if (
+            rows == 3 * cols
+        ):  # c_attn (without n_kv_head): queries, keys and values each by themselves
             grad = grad.view(-1, cols, cols)
         update = orthogonalize_together(grad) * max(1, grad.size(1) / cols) ** 0.5
-        update = update.reshape(-1, rows, cols).to(buffer.dtype, memory_format=torch.contiguous_format)
-        update = scatter(update, params) * lr # (N, share, cols)
+        update = update.reshape(-1, rows, cols).to(
+            buffer.dtype, memory_format=torch.contiguous_format
+        )
+        update = scatter(update, params) * lr  # (N, share, cols)
         weights = [local(p) for p in params]
         if weight_decay:
             torch._foreach_mul_(weights, 1 - lr * weight_decay)
@@ -138,7 +159,9 @@ def as_shard(shard, p):
     """This rank's shard of a tensor that is sharded as the parameter p is, or the tensor itself where nothing is sharded."""
     if not sharded(p):
         return shard
-    return dist.tensor.DTensor.from_local(shard, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+    return dist.tensor.DTensor.from_local(
+        shard, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
+    )
 
 
 def gather(shards, params):
@@ -153,7 +176,12 @@ def scatter(whole, params):
     if not sharded(params[0]):
         return whole
     cut = dist.tensor.distribute_tensor
-    return torch.stack([local(cut(x, p.device_mesh, p.placements, src_data_rank=None)) for x, p in zip(whole, params)])
+    return torch.stack(
+        [
+            local(cut(x, p.device_mesh, p.placements, src_data_rank=None))
+            for x, p in zip(whole, params)
+        ]
+    )
 
 
 def set_rates(optimizer, lr, iteration):
@@ -186,24 +214,53 @@ def configure(model, rates, weight_decay, learning_rate, betas, device_type, giv
     (`given`, as of configurator.py) is a ValueError where there are none.
     """
     width = (model.config.n_embd / 768) ** -0.5
-    matrix_lr, embed_lr, head_lr = (default if rates[name] is None else rates[name] for name, default in
-                                    (('matrix_lr', 0.02), ('embed_lr', 0.2 * width), ('head_lr', 0.004 * width)))
+    matrix_lr, embed_lr, head_lr = (
+        default if rates[name] is None else rates[name]
+        for name, default in (
+            ('matrix_lr', 0.02),
+            ('embed_lr', 0.2 * width),
+            ('head_lr', 0.004 * width),
+        )
+    )
     for name, rate in (('matrix_lr', matrix_lr), ('embed_lr', embed_lr), ('head_lr', head_lr)):
         if rate < 0:
             raise ValueError(f'{name}={rate} must not be negative')
-    scale = lambda lr: lr / learning_rate if learning_rate else 0.0 # of the schedule's rate
+    scale = lambda lr: lr / learning_rate if learning_rate else 0.0  # of the schedule's rate
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     matrices = [p for name, p in params.items() if '.h.' in name and p.dim() == 2]
-    head = [p for p in params.values() if p is model.lm_head.weight] # which may be wte too
-    embeddings = [p for name, p in params.items() if name.endswith('wte.weight') and p is not model.lm_head.weight]
+    head = [p for p in params.values() if p is model.lm_head.weight]  # which may be wte too
+    embeddings = [
+        p
+        for name, p in params.items()
+        if name.endswith('wte.weight') and p is not model.lm_head.weight
+    ]
     # at the rate of the tokens they are added to, so that neither drowns the other
     positions = [p for name, p in params.items() if name.endswith('wpe.weight')]
     vectors = [p for name, p in params.items() if p.dim() < 2]
     if not vectors and not rates.get('min_lr') and given.get('learning_rate', '').startswith('--'):
-        raise ValueError('learning_rate is that of biases and norms beside muon, and none are trained here; set --matrix_lr, --embed_lr or --head_lr')
-    groups = [dict(params=matrices, muon=True, momentum=0.95, weight_decay=weight_decay, lr_scale=scale(matrix_lr)),
-              dict(params=embeddings, weight_decay=0.0, lr_scale=scale(embed_lr)),
-              dict(params=positions, weight_decay=0.0, lr_scale=scale(head_lr if model.config.tie_embeddings else embed_lr)),
-              dict(params=head, weight_decay=0.0, lr_scale=scale(head_lr)),
-              dict(params=vectors, weight_decay=0.0, lr_scale=1.0)]
-    return Muon([group for group in groups if group['params']], lr=learning_rate, betas=betas, fused=device_type in ('cuda', 'cpu', 'mps'))
+        raise ValueError(
+            'learning_rate is that of biases and norms beside muon, and none are trained here; set --matrix_lr, --embed_lr or --head_lr'
+        )
+    groups = [
+        dict(
+            params=matrices,
+            muon=True,
+            momentum=0.95,
+            weight_decay=weight_decay,
+            lr_scale=scale(matrix_lr),
+        ),
+        dict(params=embeddings, weight_decay=0.0, lr_scale=scale(embed_lr)),
+        dict(
+            params=positions,
+            weight_decay=0.0,
+            lr_scale=scale(head_lr if model.config.tie_embeddings else embed_lr),
+        ),
+        dict(params=head, weight_decay=0.0, lr_scale=scale(head_lr)),
+        dict(params=vectors, weight_decay=0.0, lr_scale=1.0),
+    ]
+    return Muon(
+        [group for group in groups if group['params']],
+        lr=learning_rate,
+        betas=betas,
+        fused=device_type in ('cuda', 'cpu', 'mps'),
+    )

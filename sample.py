@@ -13,32 +13,38 @@ from configurator import check, configure, writable
 
 # -----------------------------------------------------------------------------
 # what from
-init_from = 'resume' # out_dir's best.pt, else its ckpt.pt; or other weights: a folder, a file, a hub name such as 'gpt2-xl'
-out_dir = 'out' # folder of the run to sample from
+init_from = 'resume'  # out_dir's best.pt, else its ckpt.pt; or other weights: a folder, a file, a hub name such as 'gpt2-xl'
+out_dir = 'out'  # folder of the run to sample from
 # what
-start: str | list = '' # the prompt, FILE:name for a file's text, LINES:name for a prompt a line, - for standard input; a list of these in a config file; if not given, the end of a text, or a newline
-num_samples = 10 # texts to draw for each prompt
-max_new_tokens = 500 # tokens in each
-interactive = False # True: read a prompt, go on with the text, read the next, as in a chat
-output = '' # a .jsonl file that the texts are written to, '' for the terminal
-batch_size = 64 # texts made at once
+start: str | list = (
+    ''  # the prompt, FILE:name for a file's text, LINES:name for a prompt a line, - for standard input; a list of these in a config file; if not given, the end of a text, or a newline
+)
+num_samples = 10  # texts to draw for each prompt
+max_new_tokens = 500  # tokens in each
+interactive = False  # True: read a prompt, go on with the text, read the next, as in a chat
+output = ''  # a .jsonl file that the texts are written to, '' for the terminal
+batch_size = 64  # texts made at once
 # how
-temperature = 0.8 # below 1.0 less surprising, above it more, 0 always the most likely token
-top_k = 200 # draw from so many most likely tokens only, 0 for all
-top_p = 1.0 # draw from the fewest tokens that together have this probability
-min_p = 0.0 # draw from tokens that have this share of the most likely one's probability
-repetition_penalty = 1.0 # above 1.0 tokens that were there before become less likely
-stop_token_char: str | None = '' # end a text before this character, which must be one token
-stop: str | list = '' # end a text before this string, or the first of these
-seed = 1337 # the same seed and prompt give the same texts
-stride = 1 # past block_size, learned positions recompute their window every so many tokens: 64 is much faster, and sees up to 63 tokens less
+temperature = 0.8  # below 1.0 less surprising, above it more, 0 always the most likely token
+top_k = 200  # draw from so many most likely tokens only, 0 for all
+top_p = 1.0  # draw from the fewest tokens that together have this probability
+min_p = 0.0  # draw from tokens that have this share of the most likely one's probability
+repetition_penalty = 1.0  # above 1.0 tokens that were there before become less likely
+stop_token_char: str | None = ''  # end a text before this character, which must be one token
+stop: str | list = ''  # end a text before this string, or the first of these
+seed = 1337  # the same seed and prompt give the same texts
+stride = 1  # past block_size, learned positions recompute their window every so many tokens: 64 is much faster, and sees up to 63 tokens less
 # system
-device = 'auto' # 'cpu', 'cuda', 'cuda:1', 'mps'
-dtype = 'auto' # as in train.py; or 'float32', 'bfloat16', 'float16'
-quantize = '' # 'int8': weights of 8 bits, for one text at a time on a CPU
-compile: bool | str = False # torch.compile: half a minute's wait, then faster steps
-config, given = configure(globals(), also=('train.py', 'model.py:GPTConfig'), # a training recipe tells out_dir and device
-                      own=('init_from', 'batch_size', 'compile', 'seed'), paths=('out_dir', 'init_from', 'output')) # its values of these are for training
+device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'
+dtype = 'auto'  # as in train.py; or 'float32', 'bfloat16', 'float16'
+quantize = ''  # 'int8': weights of 8 bits, for one text at a time on a CPU
+compile: bool | str = False  # torch.compile: half a minute's wait, then faster steps
+config, given = configure(
+    globals(),
+    also=('train.py', 'model.py:GPTConfig'),  # a training recipe tells out_dir and device
+    own=('init_from', 'batch_size', 'compile', 'seed'),
+    paths=('out_dir', 'init_from', 'output'),
+)  # its values of these are for training
 
 # -----------------------------------------------------------------------------
 import contextlib
@@ -84,16 +90,21 @@ for i, prompt in enumerate(prompts):
             raise FileNotFoundError(f'prompt file {path} not found')
 if output and interactive:
     raise ValueError('--output is not written with --interactive; leave one of them out')
-device, dtype, compile = resolve(device, 'auto' if dtype == 'fast' else dtype, compile, quantize) # small networks are not faster
+device, dtype, compile = resolve(
+    device, 'auto' if dtype == 'fast' else dtype, compile, quantize
+)  # small networks are not faster
 tune(device, lengths_vary=True)
 
 # -----------------------------------------------------------------------------
 # model, and the tokenizer that came with it
 source = ckpt.best(out_dir) if init_from == 'resume' else init_from
 model, loaded = weights.open_model(source)
-model.eval().to(device, DTYPES[dtype]) # weights too, so that none is converted again for each token
+model.eval().to(
+    device, DTYPES[dtype]
+)  # weights too, so that none is converted again for each token
 compiled = torch.compile(model, dynamic=False) if compile else None
 tokenizer = from_meta(weights.tokenizer_meta(loaded, source, model.config.vocab_size))
+
 
 # -----------------------------------------------------------------------------
 # text in
@@ -101,34 +112,62 @@ def read_prompts(text):
     """The prompts that an entry of `start` stands for."""
     kind, _, path = text.partition(':') if text != '-' else ('FILE', '', 0)
     if kind not in ('FILE', 'LINES'):
-        if not text.isascii() and any('\ud800' <= c <= '\udfff' for c in text): # bytes that Python could not read
+        if not text.isascii() and any(
+            '\ud800' <= c <= '\udfff' for c in text
+        ):  # bytes that Python could not read
             raise ValueError('the prompt is not UTF-8 text')
         return [text]
     try:
-        with open(path, encoding='utf-8-sig', closefd=path != 0) as f: # with Windows' mark at its start or without
-            return [line for line in f.read().split('\n') if line] if kind == 'LINES' else [f.read()]
+        with open(
+            path, encoding='utf-8-sig', closefd=path != 0
+        ) as f:  # with Windows' mark at its start or without
+            return (
+                [line for line in f.read().split('\n') if line] if kind == 'LINES' else [f.read()]
+            )
     except UnicodeDecodeError as e:
-        raise ValueError(f'{path and f"prompt file {path}" or "the prompt"} is not UTF-8 text: {e.reason} at byte {e.start}') from e
+        raise ValueError(
+            f'{path and f"prompt file {path}" or "the prompt"} is not UTF-8 text: {e.reason} at byte {e.start}'
+        ) from e
+
 
 if stop_token_char and len(tokenizer.encode(stop_token_char)) != 1:
-    raise ValueError(f'stop_token_char={stop_token_char!r} is {len(tokenizer.encode(stop_token_char))} tokens; --stop takes any string')
+    raise ValueError(
+        f'stop_token_char={stop_token_char!r} is {len(tokenizer.encode(stop_token_char))} tokens; --stop takes any string'
+    )
 newline = []
-with contextlib.suppress(ValueError): # some vocabularies have none
+with contextlib.suppress(ValueError):  # some vocabularies have none
     newline = tokenizer.encode('\n')
 if interactive:
     prompts, ids = [], []
 elif 'start' in given:
     prompts = [text for prompt in prompts for text in read_prompts(prompt)]
-    ids = [tokenizer.encode(prompt) for prompt in prompts] # all of them before the first is sampled
+    ids = [
+        tokenizer.encode(prompt) for prompt in prompts
+    ]  # all of them before the first is sampled
 else:
     ids = [[tokenizer.eot] if tokenizer.eot is not None else newline or [0]]
     prompts = [tokenizer.decode(ids[0])]
 if not all(ids) or not (ids or interactive):
     raise ValueError('the prompt is empty; give at least one character: --start=...')
 if device == 'cpu' and (quantize or not compile):
-    pack(model, 1 if interactive else min(batch_size, num_samples * len(ids)), int8=quantize == 'int8')
-options = dict(compiled=compiled, kept={}, temperature=temperature, top_k=top_k or None, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
-               seed=seed, stride=stride, vocab_size=tokenizer.vocab_size)
+    pack(
+        model,
+        1 if interactive else min(batch_size, num_samples * len(ids)),
+        int8=quantize == 'int8',
+    )
+options = dict(
+    compiled=compiled,
+    kept={},
+    temperature=temperature,
+    top_k=top_k or None,
+    top_p=top_p,
+    min_p=min_p,
+    repetition_penalty=repetition_penalty,
+    seed=seed,
+    stride=stride,
+    vocab_size=tokenizer.vocab_size,
+)
+
 
 # -----------------------------------------------------------------------------
 # text out
@@ -136,24 +175,27 @@ def find_answer():
     """The function `answer` in the prepare.py of the weights' dataset, or one that knows none."""
     name = str(loaded.get('config', {}).get('dataset'))
     path = os.path.join(dataset_dir(name), 'prepare.py')
-    ours = re.fullmatch(r'\w+', name) # the name came with the weights; it leads to no other folder
+    ours = re.fullmatch(r'\w+', name)  # the name came with the weights; it leads to no other folder
     if ours and os.path.exists(path):
         with open(path, encoding='utf-8') as f:
             if 'def answer(' in f.read():
                 return importlib.import_module(f'data.{name}.prepare').answer
     return lambda question: None
 
+
 answer, mark, rights = find_answer(), loaded.get('config', {}).get('mask_before_token'), []
+
 
 def so_far(prompt, new, ended):
     """The text of new tokens after those of a prompt as far as it may be shown: no stop, nothing that may become one, no part of a character."""
     text = continuation(tokenizer, prompt, new)
     ends = [text.find(s) for s in stops if s in text]
     if ends or ended:
-        return text[:min(ends, default=None)]
+        return text[: min(ends, default=None)]
     text = text.rstrip('\ufffd')
     begun = max([n for s in stops for n in range(1, len(s)) if text.endswith(s[:n])], default=0)
-    return text[:len(text) - begun]
+    return text[: len(text) - begun]
+
 
 def judged(prompt, text):
     """What follows a line of a task: a tick, or a cross and the answer; '' where none is known."""
@@ -165,6 +207,7 @@ def judged(prompt, text):
     rights.append(given == right)
     return ' \u2713' if given == right else f' \u2717 ({right})'
 
+
 def sample(ids, samples=range(1), cache=None, show=lambda text: None):
     """
     The texts number `samples` that continue each of `ids`, lists of token ids: lists of new token ids, made in one batch.
@@ -173,8 +216,11 @@ def sample(ids, samples=range(1), cache=None, show=lambda text: None):
     new, ended, current, shown = [[] for _ in range(len(ids) * len(samples))], set(), 0, None
 
     def ends(b, tokens):
-        n = 4 * max(map(len, stops)) # 4 bytes a character at most
-        if any(s in continuation(tokenizer, ids[b // len(samples)] + tokens[:-n], tokens[-n:]) for s in stops):
+        n = 4 * max(map(len, stops))  # 4 bytes a character at most
+        if any(
+            s in continuation(tokenizer, ids[b // len(samples)] + tokens[:-n], tokens[-n:])
+            for s in stops
+        ):
             ended.add(b)
         return b in ended
 
@@ -183,7 +229,10 @@ def sample(ids, samples=range(1), cache=None, show=lambda text: None):
         while current < len(new):
             if shown is None:
                 show('' if cache else tokenizer.decode(ids[current // len(samples)]))
-            text, shown = so_far(ids[current // len(samples)], new[current], current in ended), shown or 0
+            text, shown = (
+                so_far(ids[current // len(samples)], new[current], current in ended),
+                shown or 0,
+            )
             show(text[shown:])
             shown = len(text)
             if current not in ended:
@@ -193,7 +242,9 @@ def sample(ids, samples=range(1), cache=None, show=lambda text: None):
             current, shown = current + 1, None
 
     show_on()
-    for tokens in stream(model, ids, max_new_tokens, samples, stop=ends if stops else None, cache=cache, **options):
+    for tokens in stream(
+        model, ids, max_new_tokens, samples, stop=ends if stops else None, cache=cache, **options
+    ):
         for sequence, token in zip(new, tokens.tolist()):
             sequence += [token] if token >= 0 else []
         show_on()
@@ -201,13 +252,15 @@ def sample(ids, samples=range(1), cache=None, show=lambda text: None):
     show_on()
     return new
 
+
 def terminal(text):
     """Show text at once, whether or not the line is complete."""
     print(text, end='', flush=True)
 
+
 began, made = time.perf_counter(), 0
-if interactive: # a text that goes on and on; what was said is not computed again
-    with contextlib.suppress(ImportError): # the arrow keys; Windows' console has its own
+if interactive:  # a text that goes on and on; what was said is not computed again
+    with contextlib.suppress(ImportError):  # the arrow keys; Windows' console has its own
         import readline  # noqa: F401
     if sys.stdin.isatty():
         print('what you write is continued; Ctrl-D ends', file=sys.stderr)
@@ -222,30 +275,48 @@ if interactive: # a text that goes on and on; what was said is not computed agai
         except UnicodeDecodeError as e:
             print(f'that is not UTF-8 text: {e.reason}')
             continue
-        within = context and context[-1] != tokenizer.eot and not tokenizer.decode(context).endswith('\n') # a line that has not ended
+        within = (
+            context
+            and context[-1] != tokenizer.eot
+            and not tokenizer.decode(context).endswith('\n')
+        )  # a line that has not ended
         try:
             line = tokenizer.encode('\n' + line if within and newline else line)
-        except ValueError as e: # a character that the vocabulary lacks
+        except ValueError as e:  # a character that the vocabulary lacks
             print(e)
             continue
         context += line
-        if len(context) > size and model.config.pos == 'learned': # they have an end: what is far back is forgotten
-            context = context[-size // 2:]
+        if (
+            len(context) > size and model.config.pos == 'learned'
+        ):  # they have an end: what is far back is forgotten
+            context = context[-size // 2 :]
             cache.restart(torch.zeros_like(cache.pad))
         if context:
             context += sample([context], cache=cache, show=terminal)[0]
 else:
     rows = []
-    here = max(1, batch_size // num_samples) # prompts at once
+    here = max(1, batch_size // num_samples)  # prompts at once
     for first in range(0, len(ids), here):
         for number in range(0, num_samples, batch_size):
             samples = range(number, min(num_samples, number + batch_size))
-            new = sample(ids[first:first + here], samples, show=(lambda text: None) if output else terminal)
+            new = sample(
+                ids[first : first + here], samples, show=(lambda text: None) if output else terminal
+            )
             made += sum(map(len, new))
-            rows += [dict(prompt=prompts[first + b // len(samples)], text=so_far(ids[first + b // len(samples)], tokens, True))
-                     for b, tokens in enumerate(new)]
+            rows += [
+                dict(
+                    prompt=prompts[first + b // len(samples)],
+                    text=so_far(ids[first + b // len(samples)], tokens, True),
+                )
+                for b, tokens in enumerate(new)
+            ]
     if output:
-        write_whole(output, lambda f: f.write(''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows).encode()))
+        write_whole(
+            output,
+            lambda f: f.write(
+                ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows).encode()
+            ),
+        )
     seconds = time.perf_counter() - began
     written = f', written to {output}' if output else ''
     right = f', {sum(rights)} of {len(rights)} answers right' if rights else ''

@@ -8,6 +8,8 @@ import os
 
 init_from = 'gpt2-medium'
 eval_only = True
-eval_iters = 500 # 500 * 8 sequences of 1024 tokens
+eval_iters = 500  # 500 * 8 sequences of 1024 tokens
 batch_size = 8
-gradient_accumulation_steps = int(os.environ.get('WORLD_SIZE', 1)) # one for each of torchrun's processes
+gradient_accumulation_steps = int(
+    os.environ.get('WORLD_SIZE', 1)
+)  # one for each of torchrun's processes

@@ -10,15 +10,19 @@ wandb_project = 'lines'
 wandb_run_name = 'calculator-finetuned'
 
 dataset = 'calculator'
-mask_before_token = '=' # only the answers are learned
+mask_before_token = '='  # only the answers are learned
 mask_per_line = True
 align_to_lines = True
-gradient_accumulation_steps = int(os.environ.get('WORLD_SIZE', 1)) # one for each of torchrun's processes
+gradient_accumulation_steps = int(
+    os.environ.get('WORLD_SIZE', 1)
+)  # one for each of torchrun's processes
 batch_size = 24
-block_size = 64 # 24 * 64 = 1536 tokens per iteration; the sizes of the network are those of the weights
+block_size = (
+    64  # 24 * 64 = 1536 tokens per iteration; the sizes of the network are those of the weights
+)
 
 optimizer = 'muon'
-matrix_lr = 0.005 # a quarter of its default, and the others likewise
+matrix_lr = 0.005  # a quarter of its default, and the others likewise
 embed_lr = 0.1
 head_lr = 0.002
 learning_rate = 5e-4

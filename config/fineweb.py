@@ -11,13 +11,13 @@ wandb_run_name = 'gpt2-124M-modern'
 
 dataset = 'fineweb'
 # 32 sequences * 1024 tokens * 16 micro-batches (2 on each of 8 GPUs, 16 on one) = 524,288 tokens per iteration
-batch_size = 32 # on 40 GB: 16, and twice the micro-batches
+batch_size = 32  # on 40 GB: 16, and twice the micro-batches
 gradient_accumulation_steps = 16
-n_head = 6 # heads of 128
+n_head = 6  # heads of 128
 
-max_iters = 4800 # 2.5 billion tokens
+max_iters = 4800  # 2.5 billion tokens
 lr_decay_iters = 4800
 eval_interval = 200
-eval_iters = 320 # 320 * 32 sequences of 1024 tokens: 10.5 million
+eval_iters = 320  # 320 * 32 sequences of 1024 tokens: 10.5 million
 save_interval = 400
 log_interval = 10

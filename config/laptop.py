@@ -5,19 +5,19 @@
 import os
 
 device = 'cpu'
-dtype = 'fast' # bfloat16 where this CPU multiplies it faster
+dtype = 'fast'  # bfloat16 where this CPU multiplies it faster
 compile = False
 
-_processes = int(os.environ.get('WORLD_SIZE', 1)) # under torchrun they share the 8 sequences
+_processes = int(os.environ.get('WORLD_SIZE', 1))  # under torchrun they share the 8 sequences
 gradient_accumulation_steps = _processes
 batch_size = max(1, 8 // _processes)
-block_size = 256 # 8 * 256 = 2048 tokens per iteration
+block_size = 256  # 8 * 256 = 2048 tokens per iteration
 n_layer = 4
 n_head = 3
-n_embd = 192 # 1.8M parameters
+n_embd = 192  # 1.8M parameters
 dropout = 0.0
 
-max_iters = 2600 # config/modern.py makes it half of that
+max_iters = 2600  # config/modern.py makes it half of that
 lr_decay_iters = 2600
 warmup_iters = 100
 learning_rate = 2e-3

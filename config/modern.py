@@ -14,10 +14,10 @@ init = 'zero_proj'
 
 optimizer = 'muon'
 lr_schedule = 'trapezoid'
-decay_share = 1.0 # straight down from the first iteration (Bergsma et al. 2025)
+decay_share = 1.0  # straight down from the first iteration (Bergsma et al. 2025)
 warmup_iters = 0
 min_lr = 0.0
 weight_decay = 0.0
 
-max_iters //= 2 # of the recipe's: it still ends lower
+max_iters //= 2  # of the recipe's: it still ends lower
 lr_decay_iters = max_iters

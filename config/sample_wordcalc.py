@@ -3,8 +3,12 @@
 #   before     python train.py config/train_wordcalc.py config/modern.py
 
 out_dir = 'out-wordcalc'
-start = ['twenty three plus four times seven=', 'nine thousand one divided by minus eighty=', 'two point five minus six=']
+start = [
+    'twenty three plus four times seven=',
+    'nine thousand one divided by minus eighty=',
+    'two point five minus six=',
+]
 num_samples = 1
-temperature = 0.0 # there is one right answer
+temperature = 0.0  # there is one right answer
 max_new_tokens = 64
 stop_token_char = '\n'

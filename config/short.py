@@ -3,11 +3,11 @@
 #   hardware   one GPU; two CPU cores with --device=cpu --dtype=fast, about half an hour
 #   expected   val loss about 1.41 over the whole split (README.md, figure D)
 
-batch_size = max(1, batch_size // 4) # 16 * 256 = 4096 characters per iteration
+batch_size = max(1, batch_size // 4)  # 16 * 256 = 4096 characters per iteration
 max_iters = 1000
-lr_decay_iters = 1000 # = max_iters
+lr_decay_iters = 1000  # = max_iters
 dropout = 0.05
-weight_decay = 0.2 # of the matrices, with Muon's rate of 0.02; with none the loss ends 0.01 higher
+weight_decay = 0.2  # of the matrices, with Muon's rate of 0.02; with none the loss ends 0.01 higher
 
 eval_interval = 250
-eval_iters = 448 // batch_size # windows of 256: all of the validation split
+eval_iters = 448 // batch_size  # windows of 256: all of the validation split

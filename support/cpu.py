@@ -14,11 +14,15 @@ from torch.nn import functional as F
 
 def amd_cpu():
     """Is this an AMD CPU, on which torch's choice for float32, Intel's MKL, multiplies matrices a fifth slower than oneDNN?"""
-    name = os.environ.get('PROCESSOR_IDENTIFIER', '') # Windows'
+    name = os.environ.get('PROCESSOR_IDENTIFIER', '')  # Windows'
     if os.path.exists('/proc/cpuinfo'):
         with open('/proc/cpuinfo', encoding='utf-8', errors='replace') as f:
             name += f.read(10_000)
-    return 'AuthenticAMD' in name and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    return (
+        'AuthenticAMD' in name
+        and torch.backends.mkl.is_available()
+        and torch.backends.mkldnn.is_available()
+    )
 
 
 AMD = amd_cpu()
@@ -29,13 +33,22 @@ def fast_bfloat16(device):
     device = torch.device(device)
     if device.type == 'cuda':
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    tests = [getattr(torch.cpu, name, bool) for name in ('_is_avx512_bf16_supported', '_is_amx_tile_supported')]
+    tests = [
+        getattr(torch.cpu, name, bool)
+        for name in ('_is_avx512_bf16_supported', '_is_amx_tile_supported')
+    ]
     return device.type == 'cpu' and any(test() for test in tests)
 
 
 def fast_dtype(device):
     """The type in which this hardware multiplies matrices fastest, where precision does not matter."""
-    return torch.bfloat16 if fast_bfloat16(device) else torch.float16 if torch.device(device).type == 'cuda' else torch.float32
+    return (
+        torch.bfloat16
+        if fast_bfloat16(device)
+        else torch.float16
+        if torch.device(device).type == 'cuda'
+        else torch.float32
+    )
 
 
 def own_way(x):
@@ -45,7 +58,7 @@ def own_way(x):
 
 def linear(x, weight, bias=None):
     """F.linear, by the faster of torch's libraries: for small products it makes no difference."""
-    if AMD and own_way(x) and x.numel() * len(weight) >= 2**28: # multiplications
+    if AMD and own_way(x) and x.numel() * len(weight) >= 2**28:  # multiplications
         if x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled('cpu'):
             return Product.apply(x, weight, bias)
     return F.linear(x, weight, bias)
@@ -63,8 +76,13 @@ class Product(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         flat = grad.flatten(0, -2)
-        return (torch.ops.mkldnn._linear_pointwise(grad, weight.t(), None, 'none', [], '') if ctx.needs_input_grad[0] else None,
-                flat.t() @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None, flat.sum(0) if ctx.needs_input_grad[2] else None)
+        return (
+            torch.ops.mkldnn._linear_pointwise(grad, weight.t(), None, 'none', [], '')
+            if ctx.needs_input_grad[0]
+            else None,
+            flat.t() @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None,
+            flat.sum(0) if ctx.needs_input_grad[2] else None,
+        )
 
 
 class Linear(nn.Linear):
@@ -73,13 +91,16 @@ class Linear(nn.Linear):
 
     lora_rank: learn a correction of this rank, lora_b @ lora_a, beside weights that stay as they are (Hu et al. 2021); 0: none
     """
+
     packed = scale = blocks = None
 
     def __init__(self, *args, lora_rank=0, **kwargs):
         super().__init__(*args, **kwargs)
         self.lora_rank = lora_rank
         if lora_rank:
-            self.lora_a = nn.Parameter(torch.randn(lora_rank, self.in_features) / self.in_features ** 0.5)
+            self.lora_a = nn.Parameter(
+                torch.randn(lora_rank, self.in_features) / self.in_features**0.5
+            )
             self.lora_b = nn.Parameter(torch.zeros(self.out_features, lora_rank))
 
     def forward(self, x):
@@ -87,10 +108,12 @@ class Linear(nn.Linear):
             y = linear(x, self.weight, self.bias)
             return y + F.linear(F.linear(x, self.lora_a), self.lora_b) if self.lora_rank else y
         rows = x.numel() // x.size(-1)
-        if self.scale is not None and rows > 16: # for so many the kernel for 8 bits does not pay
+        if self.scale is not None and rows > 16:  # for so many the kernel for 8 bits does not pay
             return F.linear(x, self.packed * self.scale[:, None], self.bias)
         if self.blocks is not None and rows == 1:
-            y = torch.bmm(self.blocks, x.view(1, -1).t().expand(len(self.blocks), -1, -1)) # this order of strides is the fast one
+            y = torch.bmm(
+                self.blocks, x.view(1, -1).t().expand(len(self.blocks), -1, -1)
+            )  # this order of strides is the fast one
         elif self.scale is not None:
             y = torch.ops.aten._weight_int8pack_mm(x.reshape(rows, -1), self.packed, self.scale)
         else:
@@ -109,19 +132,35 @@ def pack(model, rows=1, int8=False):
     int8: in 8 bits, scaled by the largest weight of each output; the model must be in bfloat16
     """
     for module in model.modules():
-        if not isinstance(module, Linear) or module.weight.numel() < 2**18: # small ones do not repay a longer call
+        if (
+            not isinstance(module, Linear) or module.weight.numel() < 2**18
+        ):  # small ones do not repay a longer call
             continue
         weight, dtype = module.weight.detach(), module.weight.dtype
         if int8:
             module.scale = (weight.abs().amax(1).float() / 127).clamp_min(1e-30).to(weight.dtype)
-            module.packed = (weight.float() / module.scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
-        elif torch.backends.mkldnn.is_available() and (dtype == torch.float32 or dtype == torch.bfloat16 and fast_bfloat16('cpu')):
+            module.packed = (
+                (weight.float() / module.scale.float()[:, None])
+                .round()
+                .clamp(-127, 127)
+                .to(torch.int8)
+            )
+        elif torch.backends.mkldnn.is_available() and (
+            dtype == torch.float32 or dtype == torch.bfloat16 and fast_bfloat16('cpu')
+        ):
             size = max(n for n in range(1, 33) if len(weight) % n == 0)
-            if rows == 1 and dtype == torch.float32 and torch.backends.mkl.is_available() and size > 3:
+            if (
+                rows == 1
+                and dtype == torch.float32
+                and torch.backends.mkl.is_available()
+                and size > 3
+            ):
                 module.packed, module.blocks = weight, weight.view(-1, size, weight.size(1))
             else:
                 module.packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-        if module.packed is not None: # free what was copied; a tied embedding keeps its own hold on it
+        if (
+            module.packed is not None
+        ):  # free what was copied; a tied embedding keeps its own hold on it
             module.weight = nn.Parameter(weight.new_empty(0, weight.size(1)), requires_grad=False)
 
 
@@ -136,10 +175,10 @@ def dropout(x, p, training):
         return x
     if not own_way(x):
         return F.dropout(x, p)
-    cut = min(65535, round(p * 65536)) # p in steps of 1/65536
-    bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-2**63, None)
+    cut = min(65535, round(p * 65536))  # p in steps of 1/65536
+    bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     keep = torch.empty(x.shape, dtype=torch.bool)
-    torch.ge(bits.view(torch.int16)[:x.numel()].view(x.shape), cut - 32768, out=keep)
+    torch.ge(bits.view(torch.int16)[: x.numel()].view(x.shape), cut - 32768, out=keep)
     return x * keep * (65536 / (65536 - cut))
 
 
@@ -158,7 +197,9 @@ class RMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_() # summed over the row
+        square = torch.linalg.vector_norm(
+            x, dim=-1, keepdim=True, dtype=torch.float32
+        ).square_()  # summed over the row
         scale = square.div_(x.size(-1)).add_(1e-6).rsqrt_().to(x.dtype)
         y = x * scale
         ctx.save_for_backward(y, scale)
@@ -176,7 +217,7 @@ def relu2(x):
     if own_way(x):
         return ReLU2.apply(x)
     x = F.relu(x)
-    return x * x # .square() would be float32 in CUDA's autocast
+    return x * x  # .square() would be float32 in CUDA's autocast
 
 
 class ReLU2(torch.autograd.Function):
@@ -190,21 +231,25 @@ class ReLU2(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        y, = ctx.saved_tensors
+        (y,) = ctx.saved_tensors
         return (grad * y).mul_(2)
 
 
 def rotary_table(at, hs):
     """cos and sin by which positions `at` (T,) turn the hs / 2 pairs (i, i + hs / 2) of a head, each (T, hs)."""
-    inv_freq = 10000.0 ** (-torch.arange(0, hs, 2, device=at.device) / hs) # Su et al. 2021, section 3.2.2
-    angles = torch.outer(at.float(), inv_freq) # (T, hs / 2)
+    inv_freq = 10000.0 ** (
+        -torch.arange(0, hs, 2, device=at.device) / hs
+    )  # Su et al. 2021, section 3.2.2
+    angles = torch.outer(at.float(), inv_freq)  # (T, hs / 2)
     return torch.cat((angles.cos(), angles.cos()), 1), torch.cat((angles.sin(), -angles.sin()), 1)
 
 
 def rotate(x, cos, sin):
     """Turn x (B, nh, T, hs) by its positions."""
     cos, sin = cos.type_as(x), sin.type_as(x)
-    return Rotation.apply(x, cos, sin) if own_way(x) else x * cos + x.roll(x.size(-1) // 2, -1) * sin
+    return (
+        Rotation.apply(x, cos, sin) if own_way(x) else x * cos + x.roll(x.size(-1) // 2, -1) * sin
+    )
 
 
 class Rotation(torch.autograd.Function):
@@ -218,7 +263,11 @@ class Rotation(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         cos, sin = ctx.saved_tensors
-        return torch.addcmul(grad * cos, grad.roll(grad.size(-1) // 2, -1), sin, value=-1), None, None
+        return (
+            torch.addcmul(grad * cos, grad.roll(grad.size(-1) // 2, -1), sin, value=-1),
+            None,
+            None,
+        )
 
 
 def alibi_slopes(n_head, device):
@@ -228,5 +277,9 @@ def alibi_slopes(n_head, device):
 
 def alibi_bias(T, n_head, device):
     """What ALiBi adds to attention scores, the causal mask included (nh, T, T): -slope * distance."""
-    distance = torch.arange(T, device=device)[:, None] - torch.arange(T, device=device) # (T, T), queries down, keys across
-    return (-alibi_slopes(n_head, device)[:, None, None] * distance).masked_fill(distance < 0, float('-inf'))
+    distance = torch.arange(T, device=device)[:, None] - torch.arange(
+        T, device=device
+    )  # (T, T), queries down, keys across
+    return (-alibi_slopes(n_head, device)[:, None, None] * distance).masked_fill(
+        distance < 0, float('-inf')
+    )

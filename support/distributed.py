@@ -30,21 +30,29 @@ def start(backend, device, timeout, accumulation):
     """
     if 'RANK' not in os.environ:
         return 0, 1
-    missing = [name for name in ('WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT') if name not in os.environ]
+    missing = [
+        name for name in ('WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT') if name not in os.environ
+    ]
     if missing:
-        raise ValueError(f'the environment has RANK but not {", ".join(missing)}; launch with torchrun, or unset RANK')
+        raise ValueError(
+            f'the environment has RANK but not {", ".join(missing)}; launch with torchrun, or unset RANK'
+        )
     n = int(os.environ['WORLD_SIZE'])
     if accumulation % n:
         fits = [n * k for k in (accumulation // n, accumulation // n + 1) if k]
-        raise ValueError(f'gradient_accumulation_steps={accumulation} cannot be shared by {n} processes; {" or ".join(map(str, fits))} can')
+        raise ValueError(
+            f'gradient_accumulation_steps={accumulation} cannot be shared by {n} processes; {" or ".join(map(str, fits))} can'
+        )
     if 'mps' in device or (backend == 'nccl' and 'cuda' not in device):
-        raise ValueError(f'several processes on {device} with backend={backend!r} cannot work; use CUDA, or --device=cpu --backend=gloo')
+        raise ValueError(
+            f'several processes on {device} with backend={backend!r} cannot work; use CUDA, or --device=cpu --backend=gloo'
+        )
     if backend == 'nccl' and not dist.is_nccl_available():
         raise ValueError("backend='nccl' is not part of this torch; use --backend=gloo")
     if 'cuda' in device:
         torch.cuda.set_device(device)
         if backend in ('auto', 'nccl') and dist.is_nccl_available():
-            backend = 'cpu:gloo,cuda:nccl' # whoever asks about a flag in CPU memory does not wait for the GPU
+            backend = 'cpu:gloo,cuda:nccl'  # whoever asks about a flag in CPU memory does not wait for the GPU
     sys.excepthook = hook = lost_contact(sys.excepthook)
     timeout = timedelta(seconds=timeout)
     global store
@@ -52,9 +60,17 @@ def start(backend, device, timeout, accumulation):
     if os.environ.get('LOCAL_WORLD_SIZE') == os.environ['WORLD_SIZE']:
         # torchrun (2.13) keeps one store over its restarts, and in it the addresses of the dead; several machines
         # may count restarts differently and need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, a new store each time
-        store = dist.PrefixStore(f'attempt-{os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}', store)
-    dist.init_process_group('gloo' if backend == 'auto' else backend, store=store, rank=rank, world_size=n, timeout=timeout)
-    sys.excepthook = hook # torch has put one of its own before it
+        store = dist.PrefixStore(
+            f'attempt-{os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}', store
+        )
+    dist.init_process_group(
+        'gloo' if backend == 'auto' else backend,
+        store=store,
+        rank=rank,
+        world_size=n,
+        timeout=timeout,
+    )
+    sys.excepthook = hook  # torch has put one of its own before it
     return rank, n
 
 
@@ -72,13 +88,28 @@ def destroy():
 
 def lost_contact(report):
     """An excepthook that tells the loss of another process in one line and hands all else to `report`."""
+
     def hook(kind, error, trace):
-        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and 'gloo' in str(error).lower()):
-            words = ('connection closed', 'connection reset', 'connection refused', 'broken pipe', 'timed out')
-            reason = next((w for w in words if w in str(error).lower()), ' '.join(str(error).split())[:200])
-            time.sleep(2) # so that torchrun notices first the process that failed first
-            fail(f'lost contact with another process ({reason}); the run ends here, --init_from=auto goes on from its last checkpoint', 1)
+        if isinstance(error, dist.DistError) or (
+            isinstance(error, RuntimeError) and 'gloo' in str(error).lower()
+        ):
+            words = (
+                'connection closed',
+                'connection reset',
+                'connection refused',
+                'broken pipe',
+                'timed out',
+            )
+            reason = next(
+                (w for w in words if w in str(error).lower()), ' '.join(str(error).split())[:200]
+            )
+            time.sleep(2)  # so that torchrun notices first the process that failed first
+            fail(
+                f'lost contact with another process ({reason}); the run ends here, --init_from=auto goes on from its last checkpoint',
+                1,
+            )
         report(kind, error, trace)
+
     return hook
 
 
@@ -114,16 +145,22 @@ def mean_losses(evaluate, device, *splits, stop=False):
 
     evaluate: called with (X, Y), returns the mean loss of that batch
     """
-    sums = torch.zeros(len(splits), 2, device=device, dtype=torch.float32 if 'mps' in device else torch.float64)
+    sums = torch.zeros(
+        len(splits), 2, device=device, dtype=torch.float32 if 'mps' in device else torch.float64
+    )
     for i, batches in enumerate(splits):
-        quiet = os.environ.get('RANK', '0') != '0' or None # None: a bar on a terminal, once it has taken a second
-        for number, (X, Y) in enumerate(tqdm(batches, desc='evaluating', unit='batch', delay=1, leave=False, disable=quiet)):
+        quiet = (
+            os.environ.get('RANK', '0') != '0' or None
+        )  # None: a bar on a terminal, once it has taken a second
+        for number, (X, Y) in enumerate(
+            tqdm(batches, desc='evaluating', unit='batch', delay=1, leave=False, disable=quiet)
+        ):
             loss = evaluate(X, Y)
             count = (Y >= 0).sum()
             sums[i] += torch.stack([torch.where(count > 0, loss * count, 0.0), count])
             if number % 8 == 0:
                 if 'cuda' in device:
-                    torch.cuda.synchronize() # else all batches are under way before the first is done
+                    torch.cuda.synchronize()  # else all batches are under way before the first is done
                 if any_rank(stop):
                     return None
     sums = all_reduce(sums)
@@ -141,11 +178,16 @@ def shard(model, device, dtype, compile):
         raise ValueError('fsdp=True shares a model between processes; launch them with torchrun')
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     mesh = init_device_mesh(device.partition(':')[0], (dist.get_world_size(),))
-    policy = MixedPrecisionPolicy() if dtype == 'float32' else MixedPrecisionPolicy(param_dtype=DTYPES[dtype], reduce_dtype=torch.float32)
+    policy = (
+        MixedPrecisionPolicy()
+        if dtype == 'float32'
+        else MixedPrecisionPolicy(param_dtype=DTYPES[dtype], reduce_dtype=torch.float32)
+    )
     for block in model.transformer.h:
         if compile:
-            block.compile(dynamic=False) # by block, between one exchange and the next
+            block.compile(dynamic=False)  # by block, between one exchange and the next
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
@@ -155,7 +197,7 @@ def no_sync(model, on):
     Context for a backward pass that does (on=True) or does not yet exchange gradients between ranks. FSDP2 exchanges them
     each time: what is not shared out yet would be whole on every rank.
     """
-    if hasattr(model, 'no_sync') and not on: # DDP
+    if hasattr(model, 'no_sync') and not on:  # DDP
         return model.no_sync()
     return contextlib.nullcontext()
 
@@ -167,16 +209,20 @@ def gather(x):
 
 def gather_state(tree, keep):
     """A state dict with every sharded tensor put together, in CPU memory, on ranks that `keep` it (elsewhere None)."""
-    fetched = {} # a tied matrix stands in the tree twice, and in the file once
+    fetched = {}  # a tied matrix stands in the tree twice, and in the file once
 
     def fetch(x):
         if not hasattr(x, 'full_tensor'):
             return x
-        key = x.to_local().untyped_storage()._cdata, x.shape # not where its data lies: a rank's empty shares all lie nowhere
+        key = (
+            x.to_local().untyped_storage()._cdata,
+            x.shape,
+        )  # not where its data lies: a rank's empty shares all lie nowhere
         if key not in fetched:
-            whole = x.full_tensor() # one tensor at a time on the GPU
+            whole = x.full_tensor()  # one tensor at a time on the GPU
             fetched[key] = whole.cpu() if keep else None
         return fetched[key]
+
     return tree_map(fetch, tree)
 
 
@@ -185,7 +231,10 @@ def shard_like(tensor, param):
     if not hasattr(param, 'full_tensor') or tensor.shape != param.shape:
         return tensor
     from torch.distributed.tensor import distribute_tensor
-    return distribute_tensor(tensor.to(param.device), param.device_mesh, param.placements, src_data_rank=None)
+
+    return distribute_tensor(
+        tensor.to(param.device), param.device_mesh, param.placements, src_data_rank=None
+    )
 
 
 def print0(text):
@@ -195,4 +244,4 @@ def print0(text):
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
         except OSError:
-            sys.stdout = sys.stderr = open(os.devnull, 'w') # nobody reads on
+            sys.stdout = sys.stderr = open(os.devnull, 'w')  # nobody reads on

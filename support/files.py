@@ -21,7 +21,9 @@ def write_whole(path, write):
             f.flush()
             os.fsync(f.fileno())
         os.replace(partial, path)
-        if os.name == 'posix': # the new name lasts once its folder is on disk; Windows does not open folders
+        if (
+            os.name == 'posix'
+        ):  # the new name lasts once its folder is on disk; Windows does not open folders
             folder = os.open(os.path.dirname(path) or '.', os.O_RDONLY)
             try:
                 os.fsync(folder)
@@ -29,7 +31,7 @@ def write_whole(path, write):
                 os.close(folder)
     except OSError as e:
         if e.filename == partial:
-            e.filename = path # the name that the user knows
+            e.filename = path  # the name that the user knows
         raise
     finally:
         if os.path.exists(partial):

@@ -14,12 +14,21 @@ def can_record(cuda_graph, device, dtype, torchrun, redraws):
     """
     if cuda_graph not in ('auto', True, False):
         raise ValueError(f"cuda_graph={cuda_graph!r} is none of 'auto', True, False")
-    not_supported = ('on a CUDA device' if 'cuda' not in device
-                     else 'without torchrun' if torchrun
-                     else 'with float32 or bfloat16' if dtype == 'float16'
-                     else 'without dropout beside gradient_checkpointing' if redraws else '')
+    not_supported = (
+        'on a CUDA device'
+        if 'cuda' not in device
+        else 'without torchrun'
+        if torchrun
+        else 'with float32 or bfloat16'
+        if dtype == 'float16'
+        else 'without dropout beside gradient_checkpointing'
+        if redraws
+        else ''
+    )
     if not_supported and cuda_graph is True:
-        raise ValueError(f'cuda_graph=True is supported only {not_supported}; leave --cuda_graph out')
+        raise ValueError(
+            f'cuda_graph=True is supported only {not_supported}; leave --cuda_graph out'
+        )
     return not not_supported and cuda_graph is not False
 
 
@@ -39,7 +48,8 @@ class Recorder:
     What it returns is written over by the next call. With on=False functions stay as they are. If a recording fails, `report`
     gets one line that says so, and from then on all functions run as they are.
     """
-    FIRST_CALLS = 3 # in which libraries allocate their workspaces, and torch.compile compiles
+
+    FIRST_CALLS = 3  # in which libraries allocate their workspaces, and torch.compile compiles
 
     def __init__(self, on, report=print):
         self.on, self.report, self.stream, self.pool = on, report, None, None
@@ -61,17 +71,21 @@ class Recorder:
                 inputs = [x.clone() for x in args]
                 try:
                     replay, outputs = self.record(function, inputs)
-                except RuntimeError as e: # too little memory is one too
+                except RuntimeError as e:  # too little memory is one too
                     self.on, reason = False, (str(e).splitlines() or [type(e).__name__])[0]
-                    self.report(f'{function.__name__} could not be recorded as a CUDA graph and runs without: {reason}')
+                    self.report(
+                        f'{function.__name__} could not be recorded as a CUDA graph and runs without: {reason}'
+                    )
                     return function(*args)
             for kept, new in zip(inputs, args, strict=True):
                 assert kept.shape == new.shape and kept.dtype == new.dtype, (
                     f'{function.__name__} was recorded for a tensor of {tuple(kept.shape)}, {kept.dtype} and got one of '
-                    f'{tuple(new.shape)}, {new.dtype}')
+                    f'{tuple(new.shape)}, {new.dtype}'
+                )
                 kept.copy_(new)
             replay()
             return outputs
+
         return run
 
     def warm_up(self, function, args):
@@ -87,13 +101,17 @@ class Recorder:
         """(replay, outputs) of a recording, which takes its memory from one pool for all functions."""
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         self.pool = self.pool or torch.cuda.graph_pool_handle()
-        try: # thread_local: the loader's thread pins memory meanwhile
+        try:  # thread_local: the loader's thread pins memory meanwhile
             with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode='thread_local'):
                 outputs = function(*inputs)
         except RuntimeError:
             generator = torch.cuda.default_generators[current.device_index]
-            if hasattr(generator, 'graphsafe_set_state'): # else it could still take itself for recorded (torch 2.11)
-                generator.graphsafe_set_state(torch.Generator(generator.device).graphsafe_get_state())
+            if hasattr(
+                generator, 'graphsafe_set_state'
+            ):  # else it could still take itself for recorded (torch 2.11)
+                generator.graphsafe_set_state(
+                    torch.Generator(generator.device).graphsafe_get_state()
+                )
             raise
         finally:
             torch.cuda.set_stream(current)

@@ -23,7 +23,7 @@ class StopSignals:
         # So the handlers do nothing, and a thread reads the numbers that Python writes into a socket right away.
         self.socket, wakeup = socket.socketpair()
         wakeup.setblocking(False)
-        self.wakeup = wakeup # kept open
+        self.wakeup = wakeup  # kept open
         for name in ('SIGINT', 'SIGTERM', 'SIGUSR1', 'SIGHUP'):
             # Windows does not have all of them; ignored signals stay ignored (nohup)
             if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
@@ -39,17 +39,29 @@ class StopSignals:
     def watch(self):
         while True:
             number = self.socket.recv(1)[0]
-            if number in self.handled: # other handlers of Python's may be there too
+            if number in self.handled:  # other handlers of Python's may be there too
                 self.receive(number, time.monotonic())
 
     def receive(self, number, now):
         """Handle signal `number` at `now` (seconds)."""
         second = self.number is not None
-        if second and now - self.since < 1: # one request often comes twice: timeout(1) and a closed terminal send two
+        if (
+            second and now - self.since < 1
+        ):  # one request often comes twice: timeout(1) and a closed terminal send two
             return
         at_once = second or self.nothing_to_lose
-        if number == signal.SIGINT and os.environ.get('RANK', '0') == '0' and sys.stderr and sys.stderr.isatty():
-            os.write(2, b'\ninterrupted\n' if at_once else b'\nstopping after this iteration; Ctrl-C again ends at once\n')
+        if (
+            number == signal.SIGINT
+            and os.environ.get('RANK', '0') == '0'
+            and sys.stderr
+            and sys.stderr.isatty()
+        ):
+            os.write(
+                2,
+                b'\ninterrupted\n'
+                if at_once
+                else b'\nstopping after this iteration; Ctrl-C again ends at once\n',
+            )
         if at_once:
             os._exit(128 + number)
         self.number, self.since = number, now

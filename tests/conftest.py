@@ -16,11 +16,25 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ['HF_HUB_OFFLINE'] = '1' # no test may need the network
+os.environ['HF_HUB_OFFLINE'] = '1'  # no test may need the network
 
-TINY = ['--device=cpu', '--compile=False', '--dataset=tiny', '--n_layer=2', '--n_head=2', '--n_embd=16', '--block_size=16',
-        '--batch_size=4', '--gradient_accumulation_steps=1', '--warmup_iters=2', '--learning_rate=1e-2', '--eval_iters=2',
-        '--eval_interval=5', '--max_iters=10', '--lr_decay_iters=20']
+TINY = [
+    '--device=cpu',
+    '--compile=False',
+    '--dataset=tiny',
+    '--n_layer=2',
+    '--n_head=2',
+    '--n_embd=16',
+    '--block_size=16',
+    '--batch_size=4',
+    '--gradient_accumulation_steps=1',
+    '--warmup_iters=2',
+    '--learning_rate=1e-2',
+    '--eval_iters=2',
+    '--eval_interval=5',
+    '--max_iters=10',
+    '--lr_decay_iters=20',
+]
 
 
 class Spawner:
@@ -28,12 +42,24 @@ class Spawner:
 
     def __init__(self):
         self.running, self.codes = set(), {}
-        self.process = subprocess.Popen([sys.executable, Path(__file__).with_name('spawn.py')], text=True, bufsize=1, stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+        self.process = subprocess.Popen(
+            [sys.executable, Path(__file__).with_name('spawn.py')],
+            text=True,
+            bufsize=1,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, 'OMP_NUM_THREADS': '1'},
+        )
 
     def start(self, argv, cwd, stdout, stderr, env=None):
         """The pid of a script under way; stdout and stderr are files that what it prints is appended to."""
-        order = dict(argv=list(map(str, argv)), cwd=str(cwd), stdout=str(stdout), stderr=str(stderr), env=env or {})
+        order = dict(
+            argv=list(map(str, argv)),
+            cwd=str(cwd),
+            stdout=str(stdout),
+            stderr=str(stderr),
+            env=env or {},
+        )
         print(json.dumps(order), file=self.process.stdin, flush=True)
         pid = self.read('started')
         self.running.add(pid)
@@ -58,7 +84,7 @@ class Spawner:
         return self.codes.pop(pid)
 
     def close(self):
-        for pid in self.running: # of tests that failed
+        for pid in self.running:  # of tests that failed
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.stdin.close()
@@ -70,7 +96,13 @@ class Project:
 
     def __init__(self, path, spawner=None):
         self.path, self.spawner, self.count = path, spawner, 0
-        for source in [*ROOT.glob('*.py'), *ROOT.glob('config/*.py'), *ROOT.glob('support/*.py'), *ROOT.glob('data/**/*.py'), ROOT / 'Makefile']:
+        for source in [
+            *ROOT.glob('*.py'),
+            *ROOT.glob('config/*.py'),
+            *ROOT.glob('support/*.py'),
+            *ROOT.glob('data/**/*.py'),
+            ROOT / 'Makefile',
+        ]:
             target = path / source.relative_to(ROOT)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, target)
@@ -80,13 +112,21 @@ class Project:
         """Run a script, by itself or by a launcher; the finished process, with stdout and stderr as text."""
         args = list(map(str, args))
         if launcher or not self.spawner:
-            done = subprocess.run([*(launcher or [sys.executable]), *args], cwd=self.path, text=True, capture_output=True, timeout=120,
-                                  env={**os.environ, 'OMP_NUM_THREADS': '1', **(env or {})})
+            done = subprocess.run(
+                [*(launcher or [sys.executable]), *args],
+                cwd=self.path,
+                text=True,
+                capture_output=True,
+                timeout=120,
+                env={**os.environ, 'OMP_NUM_THREADS': '1', **(env or {})},
+            )
         else:
             self.count += 1
             files = [self.path / f'run-{self.count}.{name}' for name in ('out', 'err')]
             code = self.spawner.wait(self.spawner.start(args, self.path, *files, env))
-            done = subprocess.CompletedProcess(args, code, *(path.read_text(encoding='utf-8') for path in files))
+            done = subprocess.CompletedProcess(
+                args, code, *(path.read_text(encoding='utf-8') for path in files)
+            )
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done
 
@@ -125,7 +165,7 @@ def trained(project):
     return project.path / 'out-trained', done.stdout
 
 
-FAULTS = [] # rows of the README's table: fault, how often, what was lost
+FAULTS = []  # rows of the README's table: fault, how often, what was lost
 
 
 @pytest.fixture

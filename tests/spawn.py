@@ -12,14 +12,16 @@ import signal
 import sys
 import threading
 
-import matplotlib.pyplot # noqa: imported here once, for all children
-import torch._dynamo # noqa: optimizers import it at their first step
+import matplotlib.pyplot  # noqa: F401
+import torch._dynamo  # noqa: F401
 
 
 def child(order):
     os.setpgrp()
-    signal.signal(signal.SIGINT, signal.default_int_handler) # who started the tests in the background ignores it
-    signal.signal(signal.SIGHUP, signal.SIG_DFL) # and with nohup this one
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # who started the tests in the background ignores it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and with nohup this one
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for handle, name in ((1, 'stdout'), (2, 'stderr')):
         os.dup2(os.open(order[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND), handle)
@@ -40,7 +42,7 @@ def child(order):
         code = e.code or 0
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code) # taking torch down in order costs a second
+    os._exit(code)  # taking torch down in order costs a second
 
 
 def wait(pid):

@@ -19,7 +19,6 @@ def storages(tree):
 
 
 class Tape(TorchDispatchMode):
-
     def __init__(self):
         super().__init__()
         self.operations, self.before = [], {}
@@ -28,7 +27,9 @@ class Tape(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default:
             raise RuntimeError('waiting for the device is not supported while it is recorded')
-        if func._schema.is_mutable: # recording does not execute: what is written is put back afterwards
+        if (
+            func._schema.is_mutable
+        ):  # recording does not execute: what is written is put back afterwards
             for x in tensors((args, kwargs)):
                 storage = x.untyped_storage()
                 self.before.setdefault(storage._cdata, (x, storage.clone()))

@@ -3,14 +3,23 @@ from pathlib import Path
 
 import pytest
 
-SMALL = ['--device=cpu', '--compile=False', '--n_layer=1', '--n_head=2', '--n_embd=16', '--block_size=16', '--batch_size=2', '--steps=2']
+SMALL = [
+    '--device=cpu',
+    '--compile=False',
+    '--n_layer=1',
+    '--n_head=2',
+    '--n_embd=16',
+    '--block_size=16',
+    '--batch_size=2',
+    '--steps=2',
+]
 
 
 def test_a_step_is_timed_in_its_parts_beside_the_machines_ceiling(project):
     out = project.run('bench.py', *SMALL, '--dataset=tiny').stdout
     for word in ('data', 'forward', 'backward', 'optimizer', 'tokens/s', 'share of a matmul'):
         assert word in out
-    assert 'MFU' not in out # there is no data sheet for a CPU
+    assert 'MFU' not in out  # there is no data sheet for a CPU
 
 
 def test_random_data_needs_no_dataset_and_a_profile_is_written(project):
@@ -20,12 +29,27 @@ def test_random_data_needs_no_dataset_and_a_profile_is_written(project):
 
 def test_the_optimizers_are_timed_beside_torchs(project):
     out = project.run('bench.py', *SMALL, '--mode=optimizer').stdout
-    for row in ('AdamW, fused', "AdamW, torch's default", 'Muon, matrices of the blocks', 'torch.optim.Muon, four steps as ours', 'of copying', 'of a matmul'):
+    for row in (
+        'AdamW, fused',
+        "AdamW, torch's default",
+        'Muon, matrices of the blocks',
+        'torch.optim.Muon, four steps as ours',
+        'of copying',
+        'of a matmul',
+    ):
         assert row in out
 
 
 def test_a_recipe_tells_the_sizes(project):
-    out = project.run('bench.py', 'config/train_shakespeare_char.py', 'config/cpu.py', '--dataset=tiny', '--block_size=64', '--steps=1', '--warmup_steps=0').stdout
+    out = project.run(
+        'bench.py',
+        'config/train_shakespeare_char.py',
+        'config/cpu.py',
+        '--dataset=tiny',
+        '--block_size=64',
+        '--steps=1',
+        '--warmup_steps=0',
+    ).stdout
     assert '0.79M parameters' in out
 
 
@@ -37,13 +61,27 @@ def test_a_recipe_may_give_the_width_of_a_head(project):
 
 
 def test_a_missing_dataset_is_one_line(project):
-    assert 'python data/text/prepare.py --input=... --dataset=poems' in project.error('bench.py', *SMALL, '--dataset=poems')
+    assert 'python data/text/prepare.py --input=... --dataset=poems' in project.error(
+        'bench.py', *SMALL, '--dataset=poems'
+    )
 
 
 def test_generation_is_timed_beside_its_ceiling_and_transformers(project):
-    sizes = '--mode=generate', '--new_tokens=3', '--prompt_tokens=4', '--vocab_size=100', '--compare=transformers'
+    sizes = (
+        '--mode=generate',
+        '--new_tokens=3',
+        '--prompt_tokens=4',
+        '--vocab_size=100',
+        '--compare=transformers',
+    )
     out = project.run('bench.py', *SMALL, *sizes, '--bias=True').stdout
-    for row in ('ceiling of batch 1', 'flatgpt, batch 1 ', 'flatgpt, batch 16', 'recomputing the context', 'transformers, batch 1'):
+    for row in (
+        'ceiling of batch 1',
+        'flatgpt, batch 1 ',
+        'flatgpt, batch 16',
+        'recomputing the context',
+        'transformers, batch 1',
+    ):
         assert row in out
     assert "not with pos='rotary'" in project.error('bench.py', *SMALL, *sizes, '--pos=rotary')
     assert 'do not fit block_size=16' in project.error('bench.py', *SMALL, '--mode=generate')
@@ -52,7 +90,9 @@ def test_generation_is_timed_beside_its_ceiling_and_transformers(project):
 @pytest.mark.parametrize('rival', ['transformers', 'old_model.py'])
 def test_a_step_is_timed_in_turn_with_that_of_another(project, rival):
     (project.path / 'old_model.py').write_text((project.path / 'model.py').read_text())
-    project.run('bench.py', *SMALL, '--real_data=False', f'--compare={rival}', '--json=figures.json')
+    project.run(
+        'bench.py', *SMALL, '--real_data=False', f'--compare={rival}', '--json=figures.json'
+    )
     told = json.loads((project.path / 'figures.json').read_text())
     assert told['device'] == 'cpu' and f'--compare={rival}' in told['command']
     ratio = told['figures'][f'{rival}: step']['value'] / told['figures']['step']['value']
@@ -60,16 +100,38 @@ def test_a_step_is_timed_in_turn_with_that_of_another(project, rival):
 
 
 def test_other_knobs_are_timed_in_turn(project):
-    out = project.run('bench.py', *SMALL, '--real_data=False', '--compare=--pos=rotary --optimizer=muon').stdout
+    out = project.run(
+        'bench.py', *SMALL, '--real_data=False', '--compare=--pos=rotary --optimizer=muon'
+    ).stdout
     assert '--pos=rotary: over ours' in out and '--optimizer=muon: over ours' in out
-    for words, message in (('--pos=up', "'up'"), ('--batch_size=3', 'unknown flag --batch_size'), ('--optimizer=sgd', 'is none of'), ('--n_layer=x', 'takes int')):
-        assert message in project.error('bench.py', *SMALL, '--real_data=False', f'--compare={words}')
+    for words, message in (
+        ('--pos=up', "'up'"),
+        ('--batch_size=3', 'unknown flag --batch_size'),
+        ('--optimizer=sgd', 'is none of'),
+        ('--n_layer=x', 'takes int'),
+    ):
+        assert message in project.error(
+            'bench.py', *SMALL, '--real_data=False', f'--compare={words}'
+        )
 
 
 def test_a_rival_that_is_not_there_is_one_line(project):
-    for path, message in (('nowhere.py', 'neither'), ('README.md', 'neither'), ('muon.py', 'has no GPT and GPTConfig')):
-        assert message in project.error('bench.py', *SMALL, '--real_data=False', f'--compare={path}')
-    assert "compared with 'transformers'" in project.error('bench.py', *SMALL, '--mode=generate', '--new_tokens=3', '--prompt_tokens=4', '--compare=model.py')
+    for path, message in (
+        ('nowhere.py', 'neither'),
+        ('README.md', 'neither'),
+        ('muon.py', 'has no GPT and GPTConfig'),
+    ):
+        assert message in project.error(
+            'bench.py', *SMALL, '--real_data=False', f'--compare={path}'
+        )
+    assert "compared with 'transformers'" in project.error(
+        'bench.py',
+        *SMALL,
+        '--mode=generate',
+        '--new_tokens=3',
+        '--prompt_tokens=4',
+        '--compare=model.py',
+    )
 
 
 def test_figures_that_could_not_be_written_are_refused_before_they_are_measured(project):
@@ -146,7 +208,6 @@ def test_a_graph_is_refused_where_there_is_no_gpu(project):
     assert 'only on a CUDA device' in project.error('bench.py', *SMALL, '--cuda_graph=True')
 
 
-
 # stands in for the processes that a report starts
 PRETEND = """
 import json, runpy, subprocess, sys
@@ -183,12 +244,17 @@ def test_a_report_is_one_table_and_what_fails_is_one_line(project):
     out = project.run('pretend.py', *flags, '--compare=old_model.py transformers').stdout
     lines = out.splitlines()
     assert [line for line in lines if 'CalledProcessError' in line] == [
-        '  10.65M modern short: CalledProcessError, error: out of memory']
+        '  10.65M modern short: CalledProcessError, error: out of memory'
+    ]
     assert sum('TimeoutExpired' in line for line in lines) == 1
     ran = [line for line in lines if line.startswith('RAN')]
     assert len(ran) == 4 and all('--n_embd=48' in line and '--steps=3' in line for line in ran)
     assert [line.partition('--compare=')[2].partition(' --json')[0] for line in ran] == [
-        'old_model.py transformers', '', 'transformers', '']
+        'old_model.py transformers',
+        '',
+        'transformers',
+        '',
+    ]
     table = [line for line in lines if line.startswith('|')]
     assert table[0] == '| what | figure | unit | note | command |'
     assert len(table) == 2 + 2 * 2 and all(line.count('|') == 6 for line in table)
@@ -207,6 +273,10 @@ def test_a_command_of_a_report_is_a_process_of_its_own(project):
     out = project.run('bench.py', *flags).stdout
     assert 'Error' not in out and 'ceiling of batch 1' in out
     told = figures(project)
-    for name in ('10.65M: step', '10.65M modern short: step', 'text by 124M: flatgpt, batch 16',
-                 'batches: flatgpt'):
+    for name in (
+        '10.65M: step',
+        '10.65M modern short: step',
+        'text by 124M: flatgpt, batch 16',
+        'batches: flatgpt',
+    ):
         assert '--n_embd=8' in told[name]['command']

@@ -6,30 +6,61 @@ import shutil
 
 import pytest
 import torch
-
-from support import checkpoint as ckpt, weights
 from conftest import TINY
+
 from model import GPT, GPTConfig
+from support import checkpoint as ckpt
+from support import weights
 
 SIZES = dict(n_layer=1, n_head=2, n_embd=8, block_size=8, vocab_size=16)
 
 
 def write(path, **changes):
     model = GPT(GPTConfig(**SIZES))
-    content = dict(model=model.state_dict(), model_args=dict(SIZES), config=dict(dataset='tiny'), iter_num=5, best_val_loss=1.0)
+    content = dict(
+        model=model.state_dict(),
+        model_args=dict(SIZES),
+        config=dict(dataset='tiny'),
+        iter_num=5,
+        best_val_loss=1.0,
+    )
     content.update(changes)
     torch.save(content, path)
 
 
-@pytest.mark.parametrize('changes', [
-    dict(model_args={**SIZES, 'block_size': 10**18}), dict(model_args={**SIZES, 'block_size': 10**30}), dict(model_args={**SIZES, 'block_size': 2**31 - 1}),
-    dict(model_args={**SIZES, 'lora_rank': 10**18}), dict(model_args={**SIZES, 'lora_rank': 10**30}), dict(model_args={**SIZES, 'n_layer': 10**9}),
-    dict(model_args={**SIZES, 'logit_cap': float('nan')}), dict(model_args={**SIZES, 'n_head': 10**30}),
-    dict(iter_num=-5), dict(iter_num=10**30), dict(iter_num=True), dict(best_val_loss=torch.ones(2)), dict(best_val_loss='low'), dict(best_iter='x'),
-    dict(config=dict(dataset=5)), dict(config=dict(mask_before_token=3)), dict(best_file=7), dict(run_id=7), dict(optimizer_file=3),
-    dict(model={'transformer.wte.weight': torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])}),
-    dict(model={'transformer.wte.weight': torch.ones(16, 8).to_sparse()}), dict(model={'transformer.wte.weight': torch.ones(3)}), dict(model={}),
-], ids=lambda changes: '-'.join(changes))
+@pytest.mark.parametrize(
+    'changes',
+    [
+        dict(model_args={**SIZES, 'block_size': 10**18}),
+        dict(model_args={**SIZES, 'block_size': 10**30}),
+        dict(model_args={**SIZES, 'block_size': 2**31 - 1}),
+        dict(model_args={**SIZES, 'lora_rank': 10**18}),
+        dict(model_args={**SIZES, 'lora_rank': 10**30}),
+        dict(model_args={**SIZES, 'n_layer': 10**9}),
+        dict(model_args={**SIZES, 'logit_cap': float('nan')}),
+        dict(model_args={**SIZES, 'n_head': 10**30}),
+        dict(iter_num=-5),
+        dict(iter_num=10**30),
+        dict(iter_num=True),
+        dict(best_val_loss=torch.ones(2)),
+        dict(best_val_loss='low'),
+        dict(best_iter='x'),
+        dict(config=dict(dataset=5)),
+        dict(config=dict(mask_before_token=3)),
+        dict(best_file=7),
+        dict(run_id=7),
+        dict(optimizer_file=3),
+        dict(
+            model={
+                'transformer.wte.weight': torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+            }
+        ),
+        dict(model={'transformer.wte.weight': torch.ones(16, 8).to_sparse()}),
+        dict(model={'transformer.wte.weight': torch.ones(3)}),
+        dict(model={}),
+    ],
+    ids=lambda changes: '-'.join(changes),
+)
 def test_a_checkpoint_that_lies_is_refused_in_one_line(tmp_path, changes):
     write(tmp_path / 'ckpt.pt', **changes)
     with pytest.raises(ValueError) as e:
@@ -62,7 +93,9 @@ def test_a_refusal_is_one_line_whatever_the_pickle(project, protocol):
 def test_quantized_weights_are_refused_in_one_line(project):
     folder = project.path / 'out-quantized'
     folder.mkdir()
-    weights = {'transformer.wte.weight': torch.quantize_per_tensor(torch.ones(16, 8), 0.1, 0, torch.qint8)}
+    weights = {
+        'transformer.wte.weight': torch.quantize_per_tensor(torch.ones(16, 8), 0.1, 0, torch.qint8)
+    }
     write(folder / 'ckpt.pt', model=weights)
     assert 'refused' in project.error('sample.py', '--device=cpu', '--out_dir=out-quantized')
 
@@ -94,8 +127,16 @@ def test_an_optimizer_file_that_does_not_fit_is_refused_in_one_line(project, opt
     out = project.path / f'out-whole-{optimizer}'
     project.run('train.py', *flags, f'--out_dir={out.name}', '--max_iters=3')
     name = ckpt.load(str(out))['optimizer_file']
-    for kind in ('a buffer is missing', 'a buffer is a number', 'a buffer is of integers', 'one buffer too many', 'no state', 'a parameter too many',
-                 'a group is missing', 'state is a list'):
+    for kind in (
+        'a buffer is missing',
+        'a buffer is a number',
+        'a buffer is of integers',
+        'one buffer too many',
+        'no state',
+        'a parameter too many',
+        'a group is missing',
+        'state is a list',
+    ):
         bad = project.path / f'out-damaged-{optimizer}'
         shutil.copytree(out, bad, dirs_exist_ok=True)
         state = torch.load(out / name)
@@ -115,9 +156,19 @@ def test_settings_of_the_optimizer_are_those_of_today(project, optimizer):
     name = ckpt.load(str(edited))['optimizer_file']
     state = torch.load(edited / name)
     for group in state['param_groups']:
-        group.update(eps='small', amsgrad=True, maximize=True, lr=7.0, steps=99, foreach=True, capturable=True)
+        group.update(
+            eps='small',
+            amsgrad=True,
+            maximize=True,
+            lr=7.0,
+            steps=99,
+            foreach=True,
+            capturable=True,
+        )
     torch.save(state, edited / name)
-    project.run('train.py', *flags, f'--out_dir={edited.name}', '--max_iters=6', '--init_from=resume')
+    project.run(
+        'train.py', *flags, f'--out_dir={edited.name}', '--max_iters=6', '--init_from=resume'
+    )
     a, b = (ckpt.load(str(out))['model'] for out in (straight, edited))
     assert all(torch.equal(a[name], b[name]) for name in a)
 
@@ -126,9 +177,17 @@ def test_the_best_starts_anew_where_the_validation_does(project):
     flags = [*TINY, '--always_save_checkpoint=False', '--out_dir=out-other-val']
     project.run('train.py', *flags, '--max_iters=5')
     checkpoint = ckpt.load(str(project.path / 'out-other-val' / 'ckpt.pt'))
-    torch.save({**{name: value for name, value in checkpoint.items() if name != 'path'}, 'best_val_loss': 0.001}, project.path / 'out-other-val' / 'ckpt.pt')
+    torch.save(
+        {
+            **{name: value for name, value in checkpoint.items() if name != 'path'},
+            'best_val_loss': 0.001,
+        },
+        project.path / 'out-other-val' / 'ckpt.pt',
+    )
     same = project.run('train.py', *flags, '--max_iters=10', '--init_from=resume').stdout
     assert 'best val loss 0.0010' in same and 'does not count' not in same
-    other = project.run('train.py', *flags, '--max_iters=15', '--eval_iters=3', '--init_from=resume').stdout
+    other = project.run(
+        'train.py', *flags, '--max_iters=15', '--eval_iters=3', '--init_from=resume'
+    ).stdout
     assert 'eval_iters x batch_size changed' in other and 'best val loss 0.0010' not in other
     assert ckpt.load(str(project.path / 'out-other-val' / 'best.pt'))['iter_num'] in (10, 15)

@@ -4,9 +4,9 @@ import sys
 import time
 
 import pytest
+from conftest import ROOT, TINY, Project
 
 from configurator import check, read_knobs
-from conftest import ROOT, TINY, Project
 
 SCRIPT = f'''
 """A script with a knob of every kind."""
@@ -32,11 +32,15 @@ print(config, sorted(given))
 def run(tmp_path):
     (tmp_path / 'script.py').write_text(SCRIPT)
     (tmp_path / 'config').mkdir()
-    (tmp_path / 'config' / 'a.py').write_text('import math\n_two = 2\nbatch_size = 5 * _two\nlearning_rate = 1\n')
+    (tmp_path / 'config' / 'a.py').write_text(
+        'import math\n_two = 2\nbatch_size = 5 * _two\nlearning_rate = 1\n'
+    )
     (tmp_path / 'config' / 'b.py').write_text('batch_size = batch_size + 1\n')
 
     def run(*args):
-        done = subprocess.run([sys.executable, 'script.py', *args], cwd=tmp_path, text=True, capture_output=True)
+        done = subprocess.run(
+            [sys.executable, 'script.py', *args], cwd=tmp_path, text=True, capture_output=True
+        )
         if done.returncode == 0:
             return done.stdout
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
@@ -46,42 +50,60 @@ def run(tmp_path):
     return run
 
 
-@pytest.mark.parametrize('flag, shown', [
-    ('--batch_size=3', "'batch_size': 3"),
-    ('--batch_size=2e3', "'batch_size': 2000"),
-    ('--batch_size=1_000', "'batch_size': 1000"),
-    ('--learning_rate=1', "'learning_rate': 1.0"),
-    ('--learning_rate=1e-3', "'learning_rate': 0.001"),
-    ('--eval_only=true', "'eval_only': True"),
-    ('--eval_only=1', "'eval_only': True"),
-    ('--start=2+2=4', "'start': '2+2=4'"),
-    ('--start=123', "'start': '123'"),
-    ('--start=None', "'start': 'None'"),
-    ('--start=', "'start': ''"),
-    ('--stop=None', "'stop': None"),
-    ('--stop=12', "'stop': '12'"),
-    ("--start_list=['a', 'b']", """'start_list': "['a', 'b']\""""),
-    ('--start_list=[1, 2]', "'start_list': '[1, 2]'"),
-    ('--start_list=plain', "'start_list': 'plain'"),
-    ('--compile=False', "'compile': False"),
-    ('--compile=auto', "'compile': 'auto'"),
-    ('--n=4', "'n': 4"),
-    ('--n=None', "'n': None"),
-])
+@pytest.mark.parametrize(
+    'flag, shown',
+    [
+        ('--batch_size=3', "'batch_size': 3"),
+        ('--batch_size=2e3', "'batch_size': 2000"),
+        ('--batch_size=1_000', "'batch_size': 1000"),
+        ('--learning_rate=1', "'learning_rate': 1.0"),
+        ('--learning_rate=1e-3', "'learning_rate': 0.001"),
+        ('--eval_only=true', "'eval_only': True"),
+        ('--eval_only=1', "'eval_only': True"),
+        ('--start=2+2=4', "'start': '2+2=4'"),
+        ('--start=123', "'start': '123'"),
+        ('--start=None', "'start': 'None'"),
+        ('--start=', "'start': ''"),
+        ('--stop=None', "'stop': None"),
+        ('--stop=12', "'stop': '12'"),
+        ("--start_list=['a', 'b']", """'start_list': "['a', 'b']\""""),
+        ('--start_list=[1, 2]', "'start_list': '[1, 2]'"),
+        ('--start_list=plain', "'start_list': 'plain'"),
+        ('--compile=False', "'compile': False"),
+        ('--compile=auto', "'compile': 'auto'"),
+        ('--n=4', "'n': 4"),
+        ('--n=None', "'n': None"),
+    ],
+)
 def test_a_value_arrives_as_its_knobs_type(run, flag, shown):
     assert shown in run(flag)
 
 
-@pytest.mark.parametrize('line', ['from a import *', 'from a import batch_size, learning_rate, math', "exec(open('config/a.py').read())"])
+@pytest.mark.parametrize(
+    'line',
+    [
+        'from a import *',
+        'from a import batch_size, learning_rate, math',
+        "exec(open('config/a.py').read())",
+    ],
+)
 def test_a_config_file_may_take_in_another(run, line):
-    (run.folder / 'config' / 'c.py').write_text(f"import sys\nsys.path.insert(0, 'config')\n{line}\nlearning_rate = 2.0\n")
+    (run.folder / 'config' / 'c.py').write_text(
+        f"import sys\nsys.path.insert(0, 'config')\n{line}\nlearning_rate = 2.0\n"
+    )
     shown = run('config/c.py')
-    assert "'batch_size': 10," in shown and "'learning_rate': 2.0" in shown and "['batch_size', 'learning_rate']" in shown
+    assert (
+        "'batch_size': 10," in shown
+        and "'learning_rate': 2.0" in shown
+        and "['batch_size', 'learning_rate']" in shown
+    )
 
 
 def test_a_knob_misspelled_in_a_file_that_a_config_executes_is_told(run):
     (run.folder / 'config' / 'd.py').write_text('from math import pi\nbath_size = 10\n')
-    (run.folder / 'config' / 'e.py').write_text("batch_size = 4\nexec(open('config/d.py').read())\n")
+    (run.folder / 'config' / 'e.py').write_text(
+        "batch_size = 4\nexec(open('config/d.py').read())\n"
+    )
     assert "config/e.py:2: unknown knob 'bath_size', did you mean batch_size?" in run('config/e.py')
 
 
@@ -96,35 +118,44 @@ def test_given_names_what_was_set_even_to_its_default(run):
     assert "['batch_size', 'learning_rate']" in run('config/a.py', '--batch_size=12')
 
 
-@pytest.mark.parametrize('flag, message', [
-    ('--bath_size=3', 'unknown flag --bath_size, did you mean --batch_size?'),
-    ('--batch-size=3', 'did you mean --batch_size?'),
-    ('--zzz=3', 'unknown flag --zzz; --help'),
-    ('--batch_size', 'write --batch_size=VALUE, for instance --batch_size=12'),
-    ('-batch_size=3', 'write --batch_size='),
-    ('--batch_size=abc', "batch_size takes int, not 'abc' (default 12)"),
-    ('--batch_size=1.5', 'batch_size takes int'),
-    ('--batch_size=True', 'batch_size takes int'),
-    ('--batch_size=None', 'batch_size takes int'),
-    ('--learning_rate=fast', 'learning_rate takes float'),
-    ('--eval_only=2', 'eval_only takes bool'),
-    ('--n=x', 'n takes int or None'),
-    ('config/c.py', 'config file config/c.py not found, did you mean config/'),
-    ('batch_size=3', 'a flag is written --batch_size=3'),
-    ('nowhere/c.py', 'config file nowhere/c.py not found'),
-])
+@pytest.mark.parametrize(
+    'flag, message',
+    [
+        ('--bath_size=3', 'unknown flag --bath_size, did you mean --batch_size?'),
+        ('--batch-size=3', 'did you mean --batch_size?'),
+        ('--zzz=3', 'unknown flag --zzz; --help'),
+        ('--batch_size', 'write --batch_size=VALUE, for instance --batch_size=12'),
+        ('-batch_size=3', 'write --batch_size='),
+        ('--batch_size=abc', "batch_size takes int, not 'abc' (default 12)"),
+        ('--batch_size=1.5', 'batch_size takes int'),
+        ('--batch_size=True', 'batch_size takes int'),
+        ('--batch_size=None', 'batch_size takes int'),
+        ('--learning_rate=fast', 'learning_rate takes float'),
+        ('--eval_only=2', 'eval_only takes bool'),
+        ('--n=x', 'n takes int or None'),
+        ('config/c.py', 'config file config/c.py not found, did you mean config/'),
+        ('batch_size=3', 'a flag is written --batch_size=3'),
+        ('nowhere/c.py', 'config file nowhere/c.py not found'),
+    ],
+)
 def test_a_mistake_on_the_command_line_is_one_line(run, flag, message):
     assert message in run(flag)
 
 
-@pytest.mark.parametrize('text, message', [
-    ('batch_size = 1\nbath_size = 3\n', "bad.py:2: unknown knob 'bath_size', did you mean batch_size?"),
-    ('batch_size = "many"\n', "bad.py:1: batch_size takes int, not 'many'"),
-    ('batch_size = 3\nbatch_size = = 4\n', 'bad.py:2: invalid syntax'),
-    ('\nbatch_size = nonsense\n', 'bad.py:2: NameError'),
-    ('def f():\n    return 1 / 0\nbatch_size = f()\n', 'bad.py:2: ZeroDivisionError'),
-    ('batch_size = 3\x00\n', 'bad.py'),
-])
+@pytest.mark.parametrize(
+    'text, message',
+    [
+        (
+            'batch_size = 1\nbath_size = 3\n',
+            "bad.py:2: unknown knob 'bath_size', did you mean batch_size?",
+        ),
+        ('batch_size = "many"\n', "bad.py:1: batch_size takes int, not 'many'"),
+        ('batch_size = 3\nbatch_size = = 4\n', 'bad.py:2: invalid syntax'),
+        ('\nbatch_size = nonsense\n', 'bad.py:2: NameError'),
+        ('def f():\n    return 1 / 0\nbatch_size = f()\n', 'bad.py:2: ZeroDivisionError'),
+        ('batch_size = 3\x00\n', 'bad.py'),
+    ],
+)
 def test_a_mistake_in_a_config_file_is_one_line_with_its_place(run, text, message):
     (run.folder / 'bad.py').write_text(text)
     assert message in run('bad.py')
@@ -132,8 +163,11 @@ def test_a_mistake_in_a_config_file_is_one_line_with_its_place(run, text, messag
 
 def test_a_default_may_be_an_expression_in_all_scripts(tmp_path):
     project = Project(tmp_path)
-    for name, line, new in (('train.py', 'gradient_accumulation_steps = 40', 'gradient_accumulation_steps = 5 * 8'),
-                            ('train.py', 'lr_decay_iters = 600000', 'lr_decay_iters = max_iters'), ('model.py', 'n_embd: int = 768', 'n_embd: int = 12 * 64')):
+    for name, line, new in (
+        ('train.py', 'gradient_accumulation_steps = 40', 'gradient_accumulation_steps = 5 * 8'),
+        ('train.py', 'lr_decay_iters = 600000', 'lr_decay_iters = max_iters'),
+        ('model.py', 'n_embd: int = 768', 'n_embd: int = 12 * 64'),
+    ):
         text = (tmp_path / name).read_text()
         assert text.count(line) == 1
         (tmp_path / name).write_text(text.replace(line, new))
@@ -141,13 +175,21 @@ def test_a_default_may_be_an_expression_in_all_scripts(tmp_path):
     for script in ('sample.py', 'eval.py'):
         assert 'nowhere/ckpt.pt not found' in project.error(script, '--out_dir=nowhere')
     assert '--n_embd=12 * 64' in project.run('bench.py', '--help').stdout
-    (tmp_path / 'model.py').write_text((tmp_path / 'model.py').read_text().replace('logit_cap: float = 0.0', 'logit_cap: float = math.inf'))
-    assert 'logit_cap in model.py: its default math.inf must be a plain value' in project.error('train.py')
+    (tmp_path / 'model.py').write_text(
+        (tmp_path / 'model.py')
+        .read_text()
+        .replace('logit_cap: float = 0.0', 'logit_cap: float = math.inf')
+    )
+    assert 'logit_cap in model.py: its default math.inf must be a plain value' in project.error(
+        'train.py'
+    )
 
 
 def test_a_knob_of_ones_own_takes_what_its_default_is(run):
     text = (run.folder / 'script.py').read_text()
-    (run.folder / 'script.py').write_text(text.replace('batch_size = 12', 'betas = (0.8, 0.9)\nextra = None\nbatch_size = 12'))
+    (run.folder / 'script.py').write_text(
+        text.replace('batch_size = 12', 'betas = (0.8, 0.9)\nextra = None\nbatch_size = 12')
+    )
     assert "'betas': [0.7, 0.9]" in run('--betas=(0.7, 0.9)')
     assert "'extra': None" in run('--extra=None')
     assert 'annotate it in the script, for instance extra: int | None = None' in run('--extra=3')
@@ -155,19 +197,33 @@ def test_a_knob_of_ones_own_takes_what_its_default_is(run):
 
 def test_help_prints_every_knob_with_default_comment_and_section(run):
     out = run('--help')
-    for words in ('A script with a knob of every kind.', 'sizes', '--batch_size=12', 'sequences per step', "--compile='auto'", 'switches'):
+    for words in (
+        'A script with a knob of every kind.',
+        'sizes',
+        '--batch_size=12',
+        'sequences per step',
+        "--compile='auto'",
+        'switches',
+    ):
         assert words in out
     assert 'config' not in out.replace('configure', '')
 
 
 def test_an_overlay_may_reckon_with_knobs_that_another_script_passes_over(project):
-    assert 'nowhere/ckpt.pt not found' in project.error('sample.py', 'config/cpu.py', 'config/modern.py', '--out_dir=nowhere')
+    assert 'nowhere/ckpt.pt not found' in project.error(
+        'sample.py', 'config/cpu.py', 'config/modern.py', '--out_dir=nowhere'
+    )
 
 
-@pytest.mark.parametrize('script', ['train.py', 'sample.py', 'bench.py', 'data/openwebtext/prepare.py', 'data/fineweb/prepare.py'])
+@pytest.mark.parametrize(
+    'script',
+    ['train.py', 'sample.py', 'bench.py', 'data/openwebtext/prepare.py', 'data/fineweb/prepare.py'],
+)
 def test_help_of_every_script_is_quick_and_every_knob_has_a_comment(script):
     start = time.time()
-    out = subprocess.run([sys.executable, script, '--help'], cwd=ROOT, text=True, capture_output=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, script, '--help'], cwd=ROOT, text=True, capture_output=True, check=True
+    ).stdout
     assert time.time() - start < 3
     for knob in read_knobs(ROOT / script).values():
         assert knob.comment and knob.section and knob.comment in out, knob.name
@@ -175,62 +231,124 @@ def test_help_of_every_script_is_quick_and_every_knob_has_a_comment(script):
 
 def test_an_error_that_is_not_ours_keeps_its_traceback(run):
     (run.folder / 'script.py').write_text(SCRIPT + '\nint("x")\n')
-    done = subprocess.run([sys.executable, 'script.py'], cwd=run.folder, text=True, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, 'script.py'], cwd=run.folder, text=True, capture_output=True
+    )
     assert done.returncode == 1 and 'Traceback' in done.stderr
 
 
-@pytest.mark.parametrize('line, code, message', [
-    ('import data.tokenizer as t; t.write_whole("nowhere/x.txt", None)', 2, 'error: nowhere/x.txt: No such file or directory'),
-    ('import torch; torch.empty(10**15)', 1, 'error: out of memory'),
-    ('import operator, data.tokenizer as t; t.write_whole("x", operator.methodcaller("truncate", -1))', 1, 'error: Invalid argument'), # as of a full disk
-    ('sys.modules["torch"] = None; import muon', 2, 'needs the package torch, which '),
-])
-def test_a_missing_file_too_little_memory_and_a_missing_package_are_one_line(run, line, code, message):
+@pytest.mark.parametrize(
+    'line, code, message',
+    [
+        (
+            'import data.tokenizer as t; t.write_whole("nowhere/x.txt", None)',
+            2,
+            'error: nowhere/x.txt: No such file or directory',
+        ),
+        ('import torch; torch.empty(10**15)', 1, 'error: out of memory'),
+        (
+            'import operator, data.tokenizer as t; t.write_whole("x", operator.methodcaller("truncate", -1))',
+            1,
+            'error: Invalid argument',
+        ),  # as of a full disk
+        ('sys.modules["torch"] = None; import muon', 2, 'needs the package torch, which '),
+    ],
+)
+def test_a_missing_file_too_little_memory_and_a_missing_package_are_one_line(
+    run, line, code, message
+):
     (run.folder / 'script.py').write_text(SCRIPT + f'\n{line}\n')
-    done = subprocess.run([sys.executable, 'script.py'], cwd=run.folder, text=True, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, 'script.py'], cwd=run.folder, text=True, capture_output=True
+    )
     assert done.returncode == code and message in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize('script, package', [
-    *((script, 'torch') for script in ('train.py', 'sample.py', 'eval.py', 'bench.py', 'convert.py', 'runlog.py')),
-    *((str(path.relative_to(ROOT)), 'numpy') for path in sorted(ROOT.glob('data/*/prepare.py')))])
+@pytest.mark.parametrize(
+    'script, package',
+    [
+        *(
+            (script, 'torch')
+            for script in (
+                'train.py',
+                'sample.py',
+                'eval.py',
+                'bench.py',
+                'convert.py',
+                'runlog.py',
+            )
+        ),
+        *(
+            (str(path.relative_to(ROOT)), 'numpy')
+            for path in sorted(ROOT.glob('data/*/prepare.py'))
+        ),
+    ],
+)
 def test_every_script_tells_a_missing_package_in_one_line(script, package):
     line = f'import runpy, sys; sys.modules["{package}"] = None; sys.argv = ["{script}"]; runpy.run_path("{script}", run_name="__main__")'
     done = subprocess.run([sys.executable, '-c', line], cwd=ROOT, text=True, capture_output=True)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and f'needs the package {package}' in done.stderr
+    assert (
+        done.returncode == 2
+        and len(done.stderr.splitlines()) == 1
+        and f'needs the package {package}' in done.stderr
+    )
 
 
-@pytest.mark.parametrize('recipe', ['train_shakespeare_char', 'train_text', 'train_calculator', 'train_reverser', 'train_wordcalc'])
+@pytest.mark.parametrize(
+    'recipe',
+    [
+        'train_shakespeare_char',
+        'train_text',
+        'train_calculator',
+        'train_reverser',
+        'train_wordcalc',
+    ],
+)
 def test_a_recipe_trains_and_validates_on_as_much_on_any_number_of_processes(recipe, monkeypatch):
     def sequences(processes):
         monkeypatch.setenv('WORLD_SIZE', str(processes))
         knobs = {}
         exec((ROOT / 'config' / f'{recipe}.py').read_text(encoding='utf-8'), knobs)
-        return knobs['batch_size'] * knobs['gradient_accumulation_steps'], knobs['batch_size'] * knobs['eval_iters']
+        return knobs['batch_size'] * knobs['gradient_accumulation_steps'], knobs[
+            'batch_size'
+        ] * knobs['eval_iters']
+
     assert sequences(1) == sequences(2) == sequences(8)
 
 
-@pytest.mark.parametrize('text, message', [
-    ("learning_rate = float('nan')\n", 'learning_rate takes a finite number below 2**63, not nan'),
-    ("learning_rate = float('inf')\n", 'learning_rate takes a finite number below 2**63, not inf'),
-    ('batch_size = 10**22\n', 'batch_size takes a finite number below 2**63'),
-    ('exit()\n', 'bad.py:1: SystemExit'),
-    ('batch_size = 3\nraise SystemExit(0)\n', 'bad.py:2: SystemExit'),
-])
+@pytest.mark.parametrize(
+    'text, message',
+    [
+        (
+            "learning_rate = float('nan')\n",
+            'learning_rate takes a finite number below 2**63, not nan',
+        ),
+        (
+            "learning_rate = float('inf')\n",
+            'learning_rate takes a finite number below 2**63, not inf',
+        ),
+        ('batch_size = 10**22\n', 'batch_size takes a finite number below 2**63'),
+        ('exit()\n', 'bad.py:1: SystemExit'),
+        ('batch_size = 3\nraise SystemExit(0)\n', 'bad.py:2: SystemExit'),
+    ],
+)
 def test_numbers_that_are_none_and_an_exit_are_refused(run, text, message):
     (run.folder / 'bad.py').write_text(text)
     assert message in run('bad.py')
 
 
-@pytest.mark.parametrize('values, bounds, message', [
-    (dict(a=0), dict(least=1), 'a=0 must be at least 1'),
-    (dict(a=-1), dict(least=0), 'a=-1 must not be negative'),
-    (dict(a=0.0), dict(above=0), 'a=0.0 must be more than 0'),
-    (dict(a=1.0), dict(below=1), 'a=1.0 must be less than 1'),
-    (dict(a=1.5), dict(most=1), 'a=1.5 must be at most 1'),
-    (dict(a=2**31), dict(least=0), 'a=2147483648 must be at most 2147483647'),
-    (dict(a='x'), dict(choices=('y', 'z')), "a='x' is none of 'y', 'z'"),
-])
+@pytest.mark.parametrize(
+    'values, bounds, message',
+    [
+        (dict(a=0), dict(least=1), 'a=0 must be at least 1'),
+        (dict(a=-1), dict(least=0), 'a=-1 must not be negative'),
+        (dict(a=0.0), dict(above=0), 'a=0.0 must be more than 0'),
+        (dict(a=1.0), dict(below=1), 'a=1.0 must be less than 1'),
+        (dict(a=1.5), dict(most=1), 'a=1.5 must be at most 1'),
+        (dict(a=2**31), dict(least=0), 'a=2147483648 must be at most 2147483647'),
+        (dict(a='x'), dict(choices=('y', 'z')), "a='x' is none of 'y', 'z'"),
+    ],
+)
 def test_ranges_are_checked_in_one_place(values, bounds, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         check(values, 'a', **bounds)
@@ -243,6 +361,10 @@ def test_every_number_of_every_script_has_a_range(project):
     for script in ('train.py', 'sample.py', 'eval.py'):
         for name, knob in read_knobs(ROOT / script).items():
             if 'int' in knob.types and name != 'seed':
-                flags = [flag for flag in TINY if script == 'train.py' and not flag.startswith(f'--{name}=')]
+                flags = [
+                    flag
+                    for flag in TINY
+                    if script == 'train.py' and not flag.startswith(f'--{name}=')
+                ]
                 message = project.error(script, *flags, f'--{name}={2**62}', '--device=cpu')
                 assert 'memory' not in message

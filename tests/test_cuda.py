@@ -12,21 +12,32 @@ import sys
 
 import pytest
 import torch
-
-from support import checkpoint as ckpt
 from conftest import TINY
-from support.graphs import Recorder
-from support.device import lacking
+
 from generate import new_cache, stream
 from model import GPT, GPTConfig
+from support import checkpoint as ckpt
+from support.device import lacking
+from support.graphs import Recorder
 from support.runlog import read_log
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs an NVIDIA GPU')
 
 # products add up in the same order wherever they are computed
 ENV = {'CUBLAS_WORKSPACE_CONFIG': ':4096:8'}
-GPU = [*TINY, '--device=cuda', '--dtype=float32', '--log_interval=1', '--eval_interval=10', '--max_iters=30', '--lr_decay_iters=30']
-compiles = pytest.mark.skipif(bool(lacking()) or importlib.util.find_spec('triton') is None, reason='needs triton and a C compiler')
+GPU = [
+    *TINY,
+    '--device=cuda',
+    '--dtype=float32',
+    '--log_interval=1',
+    '--eval_interval=10',
+    '--max_iters=30',
+    '--lr_decay_iters=30',
+]
+compiles = pytest.mark.skipif(
+    bool(lacking()) or importlib.util.find_spec('triton') is None,
+    reason='needs triton and a C compiler',
+)
 MUON = ['--optimizer=muon', '--pos=rotary', '--tie_embeddings=False', '--weight_decay=0.1']
 # A kernel that adds in another order moves the last bit of a sum, and 30 iterations at a rate of 0.01 enlarge that: on a CPU
 # gradients with relative noise of 1e-6 moved no loss by more than 1.3e-4, and stale rates or divisors by 0.05 and more.
@@ -59,7 +70,12 @@ def train(project, out, *flags, script='train.py', **kwargs):
 
 def losses(project, out):
     rows = read_log(project.path / out / 'log.csv')
-    return {(row['iter'], name): row[name] for row in rows for name in ('loss', 'train_loss', 'val_loss') if name in row}
+    return {
+        (row['iter'], name): row[name]
+        for row in rows
+        for name in ('loss', 'train_loss', 'val_loss')
+        if name in row
+    }
 
 
 def assert_close(project, a, b, bound=BOUND):
@@ -69,11 +85,22 @@ def assert_close(project, a, b, bound=BOUND):
         assert loss == pytest.approx(theirs[at], abs=bound, nan_ok=True), at
 
 
-@pytest.mark.parametrize('flags', [
-    ['--dropout=0.2'], ['--gradient_accumulation_steps=3', '--dropout=0.1'], [*MUON, '--dropout=0.1'], [*MUON, '--gradient_accumulation_steps=3'],
-    ['--grad_clip=0.0'], ['--grad_clip=0.05'], ['--gradient_accumulation_steps=4', '--batch_size_warmup_iters=8'],
-    ['--gradient_checkpointing=True', '--loss_chunk=20'], ['--pos=alibi', '--activation=swiglu', '--n_kv_head=1'], ['--mask_before_token=,'],
-], ids=' '.join)
+@pytest.mark.parametrize(
+    'flags',
+    [
+        ['--dropout=0.2'],
+        ['--gradient_accumulation_steps=3', '--dropout=0.1'],
+        [*MUON, '--dropout=0.1'],
+        [*MUON, '--gradient_accumulation_steps=3'],
+        ['--grad_clip=0.0'],
+        ['--grad_clip=0.05'],
+        ['--gradient_accumulation_steps=4', '--batch_size_warmup_iters=8'],
+        ['--gradient_checkpointing=True', '--loss_chunk=20'],
+        ['--pos=alibi', '--activation=swiglu', '--n_kv_head=1'],
+        ['--mask_before_token=,'],
+    ],
+    ids=' '.join,
+)
 def test_a_replayed_run_equals_a_plain_one(project, flags):
     out = train(project, 'out-graph', *flags, '--cuda_graph=True')
     assert 'recorded as CUDA graphs' in out and 'could not be recorded' not in out
@@ -85,7 +112,12 @@ def test_a_replayed_run_equals_a_plain_one(project, flags):
 
 @compiles
 def test_graphs_are_the_default_and_a_short_run_is_not_compiled(project):
-    out = project.run('train.py', *[flag for flag in TINY if not flag.startswith(('--device', '--compile'))], '--out_dir=out-default', env=ENV).stdout
+    out = project.run(
+        'train.py',
+        *[flag for flag in TINY if not flag.startswith(('--device', '--compile'))],
+        '--out_dir=out-default',
+        env=ENV,
+    ).stdout
     assert 'recorded as CUDA graphs' in out and 'not compiled since the run is short' in out
 
 
@@ -95,11 +127,19 @@ def test_a_bad_step_leaves_weights_and_state_alone(project, flags):
     for name, on in (('out-graph-bad', True), ('out-plain-bad', False)):
         train(project, name, *flags, f'--cuda_graph={on}', script='planted.py')
     assert_close(project, 'out-graph-bad', 'out-plain-bad')
-    rows = [row for row in read_log(project.path / 'out-graph-bad' / 'log.csv') if row.get('bad_steps')]
+    rows = [
+        row for row in read_log(project.path / 'out-graph-bad' / 'log.csv') if row.get('bad_steps')
+    ]
     assert [row['iter'] for row in rows] == [12]
     checkpoint = ckpt.load(str(project.path / 'out-graph-bad'))
     state = ckpt.read(str(project.path / 'out-graph-bad' / checkpoint['optimizer_file']))['state']
-    assert all(t.isfinite().all() for t in [*checkpoint['model'].values(), *(t for kept in state.values() for t in kept.values())])
+    assert all(
+        t.isfinite().all()
+        for t in [
+            *checkpoint['model'].values(),
+            *(t for kept in state.values() for t in kept.values()),
+        ]
+    )
 
 
 @pytest.mark.parametrize('first', [True, False])
@@ -115,7 +155,9 @@ def test_a_run_resumes_with_and_without_graphs(project, flags, first):
 def test_corrections_of_weights_are_trained(project):
     train(project, 'out-base')
     for on in (True, False):
-        train(project, f'out-lora-{on}', '--init_from=out-base', '--lora_rank=2', f'--cuda_graph={on}')
+        train(
+            project, f'out-lora-{on}', '--init_from=out-base', '--lora_rank=2', f'--cuda_graph={on}'
+        )
     assert_close(project, 'out-lora-True', 'out-lora-False')
 
 
@@ -127,7 +169,9 @@ def test_every_number_format_learns(project, dtype):
 
 
 @compiles
-@pytest.mark.parametrize('flags', [['--gradient_checkpointing=True', '--loss_chunk=20'], MUON], ids=['adamw', 'muon'])
+@pytest.mark.parametrize(
+    'flags', [['--gradient_checkpointing=True', '--loss_chunk=20'], MUON], ids=['adamw', 'muon']
+)
 def test_compiled_runs_equal_those_that_are_not(project, flags):
     for on in (True, False):
         out = train(project, f'out-compiled-{on}', *flags, '--compile=True', f'--cuda_graph={on}')
@@ -141,25 +185,44 @@ def test_compiled_runs_equal_those_that_are_not(project, flags):
 def test_torchrun_with_one_process_equals_none(project, flags):
     launcher = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=1']
     assert 'CUDA graph' not in train(project, 'out-torchrun', *flags, launcher=launcher)
-    train(project, 'out-alone', *(flag for flag in flags if flag != '--fsdp=True'), '--cuda_graph=False')
+    train(
+        project,
+        'out-alone',
+        *(flag for flag in flags if flag != '--fsdp=True'),
+        '--cuda_graph=False',
+    )
     assert_close(project, 'out-torchrun', 'out-alone')
 
 
 def test_what_is_not_supported_is_one_line(project):
-    assert "float16" not in project.error('train.py', *GPU, '--cuda_graph=True', '--gradient_checkpointing=True', '--dropout=0.1')
-    assert 'with float32 or bfloat16' in project.error('train.py', *GPU, '--cuda_graph=True', '--dtype=float16')
+    assert "float16" not in project.error(
+        'train.py', *GPU, '--cuda_graph=True', '--gradient_checkpointing=True', '--dropout=0.1'
+    )
+    assert 'with float32 or bfloat16' in project.error(
+        'train.py', *GPU, '--cuda_graph=True', '--dtype=float16'
+    )
 
 
 def test_too_little_memory_is_one_line(project):
     large = ['--batch_size=2097152', '--n_embd=1024', '--n_head=2', '--max_iters=3']
     done = project.run('train.py', *GPU, *large, '--out_dir=out-large', check=False)
-    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith('error: out of memory'), done.stderr
+    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith(
+        'error: out of memory'
+    ), done.stderr
     assert 'Traceback' not in done.stderr
 
 
 def small(**sizes):
     torch.manual_seed(1)
-    model = GPT(GPTConfig(**{**dict(block_size=64, vocab_size=61, n_layer=2, n_head=4, n_embd=64), **sizes})).cuda().eval()
+    model = (
+        GPT(
+            GPTConfig(
+                **{**dict(block_size=64, vocab_size=61, n_layer=2, n_head=4, n_embd=64), **sizes}
+            )
+        )
+        .cuda()
+        .eval()
+    )
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)
     return model
@@ -177,6 +240,7 @@ def test_evaluations_take_no_more_memory_from_one_to_the_next():
     @recorded
     def train():
         steps.add_(1)
+
     taken = []
     for i in range(200):
         with torch.no_grad():
@@ -203,6 +267,7 @@ def test_a_recording_that_fails_costs_one_line_and_dropout_goes_on():
     @recorded
     def good(x):
         return torch.nn.functional.dropout(x, 0.5)
+
     for _ in range(6):
         good(torch.ones(1000, device='cuda'))
         bad(torch.ones(3, device='cuda'))
@@ -229,10 +294,26 @@ def texts(model, prompts, n, **options):
     return torch.stack(list(stream(model, prompts, n, **options)), dim=1).tolist()
 
 
-NETWORKS = [dict(), dict(pos='alibi', n_kv_head=2), dict(pos='rotary', norm='rmsnorm', activation='relu2', qk_norm=True, tie_embeddings=False,
-                                                         embed_norm=True, logit_cap=15.0)]
-OPTIONS = [dict(temperature=0), dict(seed=3), dict(seed=3, top_k=5, top_p=0.8), dict(seed=1, min_p=0.1, temperature=1.3),
-           dict(seed=2, repetition_penalty=1.5)]
+NETWORKS = [
+    dict(),
+    dict(pos='alibi', n_kv_head=2),
+    dict(
+        pos='rotary',
+        norm='rmsnorm',
+        activation='relu2',
+        qk_norm=True,
+        tie_embeddings=False,
+        embed_norm=True,
+        logit_cap=15.0,
+    ),
+]
+OPTIONS = [
+    dict(temperature=0),
+    dict(seed=3),
+    dict(seed=3, top_k=5, top_p=0.8),
+    dict(seed=1, min_p=0.1, temperature=1.3),
+    dict(seed=2, repetition_penalty=1.5),
+]
 
 
 @pytest.mark.parametrize('options', OPTIONS, ids=str)
@@ -262,7 +343,10 @@ def test_tokens_beyond_a_stop_are_thrown_away():
     model = small(pos='rotary')
     stop = lambda b, new: len(new) == (3, 18)[b]
     got = texts(model, [[1, 2], [3]], 60, seed=1, stop=stop)
-    assert got == texts(model, [[1, 2], [3]], 60, seed=1, stop=stop, compiled=model, cuda_graph=False) and len(got[0]) == 18
+    assert (
+        got == texts(model, [[1, 2], [3]], 60, seed=1, stop=stop, compiled=model, cuda_graph=False)
+        and len(got[0]) == 18
+    )
 
 
 @pytest.mark.parametrize('pos', ['learned', 'rotary'])
@@ -283,8 +367,12 @@ def test_a_chat_of_three_turns_is_recorded_once(pos, monkeypatch):
 def test_compiled_steps_are_recorded_too():
     model = small(pos='rotary')
     prompts = [torch.randint(61, (n,)).tolist() for n in (2, 9)]
-    got = texts(model, prompts, 40, seed=1, samples=range(10), compiled=torch.compile(model, dynamic=False))
-    assert sum(a == b for a, b in zip(got, texts(model, prompts, 40, seed=1, samples=range(10)))) >= 18
+    got = texts(
+        model, prompts, 40, seed=1, samples=range(10), compiled=torch.compile(model, dynamic=False)
+    )
+    assert (
+        sum(a == b for a, b in zip(got, texts(model, prompts, 40, seed=1, samples=range(10)))) >= 18
+    )
 
 
 def test_the_model_writes_on_in_bfloat16_and_by_its_own_method():
@@ -296,10 +384,34 @@ def test_the_model_writes_on_in_bfloat16_and_by_its_own_method():
 
 def test_scripts_sample_chat_and_score(project):
     train(project, 'out-gpu')
-    out = project.run('sample.py', '--device=cuda', '--out_dir=out-gpu', '--start=to be', '--stop=q', '--max_new_tokens=40', '--num_samples=3').stdout
+    out = project.run(
+        'sample.py',
+        '--device=cuda',
+        '--out_dir=out-gpu',
+        '--start=to be',
+        '--stop=q',
+        '--max_new_tokens=40',
+        '--num_samples=3',
+    ).stdout
     assert out.count('---------------') == 3 and out.startswith('to be')
-    chat = subprocess.run([sys.executable, 'sample.py', '--device=cuda', '--out_dir=out-gpu', '--interactive=True', '--max_new_tokens=5'], cwd=project.path,
-                          input='to be\nor\nnot\n', text=True, capture_output=True, timeout=120, env={**os.environ, **ENV})
+    chat = subprocess.run(
+        [
+            sys.executable,
+            'sample.py',
+            '--device=cuda',
+            '--out_dir=out-gpu',
+            '--interactive=True',
+            '--max_new_tokens=5',
+        ],
+        cwd=project.path,
+        input='to be\nor\nnot\n',
+        text=True,
+        capture_output=True,
+        timeout=120,
+        env={**os.environ, **ENV},
+    )
     assert chat.returncode == 0 and chat.stdout.count('> ') == 4, chat.stderr
     assert 'val' in project.run('eval.py', '--device=cuda', '--out_dir=out-gpu').stdout
-    assert 'is for CPUs' in project.error('sample.py', '--device=cuda', '--out_dir=out-gpu', '--quantize=int8')
+    assert 'is for CPUs' in project.error(
+        'sample.py', '--device=cuda', '--out_dir=out-gpu', '--quantize=int8'
+    )

@@ -7,9 +7,9 @@ import sys
 import time
 
 import pytest
+from conftest import ROOT, TINY, write_dataset
 
 from support import runlog
-from conftest import ROOT, TINY, write_dataset
 from support.files import partial_name, remove_partials, write_whole
 
 posix = pytest.mark.skipif(os.name != 'posix', reason='needs POSIX')
@@ -22,6 +22,7 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path):
         f.write(b'first')
         write_whole(path, lambda other: other.write(b'second'))
         assert open(path, 'rb').read() == b'second'
+
     write_whole(path, write)
     assert open(path, 'rb').read() == b'first' and os.listdir(tmp_path) == ['a.txt']
 
@@ -50,7 +51,14 @@ def test_a_device_a_pipe_and_a_link_stay_what_they_are(tmp_path):
 
 @posix
 def test_sample_writes_to_a_device(project, trained):
-    project.run('sample.py', '--device=cpu', f'--out_dir={trained[0]}', '--start=to', '--max_new_tokens=3', '--output=/dev/null')
+    project.run(
+        'sample.py',
+        '--device=cpu',
+        f'--out_dir={trained[0]}',
+        '--start=to',
+        '--max_new_tokens=3',
+        '--output=/dev/null',
+    )
     assert not os.path.isfile('/dev/null')
 
 
@@ -63,7 +71,9 @@ def test_a_picture_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
     def full(path, write):
         def fail(f):
             raise OSError(28, 'No space left on device')
+
         write_whole(path, fail)
+
     monkeypatch.setattr(runlog, 'write_whole', full)
     with pytest.raises(OSError, match='No space'):
         runlog.draw([str(tmp_path)], png)
@@ -72,18 +82,29 @@ def test_a_picture_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
 
 @posix
 def test_a_second_run_in_the_same_folder_is_told(project):
-    slow = ['train.py', *TINY, '--out_dir=out-two-runs', '--max_iters=100000', '--eval_interval=100000', '--save_interval=100000']
-    first = subprocess.Popen([sys.executable, *slow], cwd=project.path, stdout=subprocess.PIPE, text=True)
+    slow = [
+        'train.py',
+        *TINY,
+        '--out_dir=out-two-runs',
+        '--max_iters=100000',
+        '--eval_interval=100000',
+        '--save_interval=100000',
+    ]
+    first = subprocess.Popen(
+        [sys.executable, *slow], cwd=project.path, stdout=subprocess.PIPE, text=True
+    )
     try:
         for line in first.stdout:
             if line.startswith('iter 3:'):
                 break
         message = project.error(*slow)
-        assert f"out_dir='out-two-runs' is that of a run under way (process {first.pid} on " in message
+        assert (
+            f"out_dir='out-two-runs' is that of a run under way (process {first.pid} on " in message
+        )
         rows = runlog.read_log(project.path / 'out-two-runs' / 'log.csv')
         assert rows and not (project.path / 'out-two-runs' / 'ckpt.pt.old').exists()
     finally:
-        first.kill() # a dead run does not leave its lock in the way
+        first.kill()  # a dead run does not leave its lock in the way
         first.wait()
     project.run(*slow[:-3], '--max_iters=2')
 
@@ -95,44 +116,95 @@ def test_a_run_may_follow_another_in_one_process(tmp_path):
 
 
 @posix
-@pytest.mark.parametrize('script, flags', [('train.py', [*TINY, '--out_dir=out-closed', '--max_iters=2']), ('eval.py', ['--out_dir=out-trained', '--device=cpu']),
-                                           ('sample.py', ['--out_dir=out-trained', '--device=cpu', '--start=to', '--max_new_tokens=3'])])
+@pytest.mark.parametrize(
+    'script, flags',
+    [
+        ('train.py', [*TINY, '--out_dir=out-closed', '--max_iters=2']),
+        ('eval.py', ['--out_dir=out-trained', '--device=cpu']),
+        (
+            'sample.py',
+            ['--out_dir=out-trained', '--device=cpu', '--start=to', '--max_new_tokens=3'],
+        ),
+    ],
+)
 def test_closed_streams_end_no_run(project, trained, script, flags):
     command = f'"{sys.executable}" {script} {" ".join(flags)} >&- 2>&-'
     assert subprocess.run(['bash', '-c', command], cwd=project.path, timeout=120).returncode == 0
 
 
 @posix
-@pytest.mark.parametrize('env', [{}, {'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0'}], ids=['utf-8', 'ascii'])
+@pytest.mark.parametrize(
+    'env',
+    [{}, {'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0'}],
+    ids=['utf-8', 'ascii'],
+)
 def test_paths_and_names_of_any_bytes_are_fine(project, tmp_path, env):
     for name in (b'a\xff', 'ä'.encode()):
         folder = os.fsencode(tmp_path) + b'/' + name
-        run = lambda *args: subprocess.run([sys.executable, *args], cwd=project.path, env={**os.environ, **env}, capture_output=True, timeout=120)
-        train = run('train.py', *TINY, '--max_iters=2', b'--out_dir=' + folder, b'--wandb_run_name=' + name)
+        run = lambda *args: subprocess.run(
+            [sys.executable, *args],
+            cwd=project.path,
+            env={**os.environ, **env},
+            capture_output=True,
+            timeout=120,
+        )
+        train = run(
+            'train.py', *TINY, '--max_iters=2', b'--out_dir=' + folder, b'--wandb_run_name=' + name
+        )
         assert train.returncode == 0, train.stderr
-        resumed = run('train.py', *TINY, '--max_iters=4', '--init_from=resume', '--always_save_checkpoint=False', b'--out_dir=' + folder)
-        sample = run('sample.py', '--device=cpu', '--start=to', '--max_new_tokens=3', b'--out_dir=' + folder)
+        resumed = run(
+            'train.py',
+            *TINY,
+            '--max_iters=4',
+            '--init_from=resume',
+            '--always_save_checkpoint=False',
+            b'--out_dir=' + folder,
+        )
+        sample = run(
+            'sample.py', '--device=cpu', '--start=to', '--max_new_tokens=3', b'--out_dir=' + folder
+        )
         repeat = run('train.py', folder + b'/config.py', '--max_iters=2')
-        assert [done.returncode for done in (resumed, sample, repeat)] == [0, 0, 0], (resumed.stderr, sample.stderr, repeat.stderr)
+        assert [done.returncode for done in (resumed, sample, repeat)] == [0, 0, 0], (
+            resumed.stderr,
+            sample.stderr,
+            repeat.stderr,
+        )
 
 
 def test_scripts_run_from_any_folder(project, trained, tmp_path):
     """Data and config lie beside the scripts, out_dir where one stands."""
-    run = lambda *args: subprocess.run([sys.executable, project.path / args[0], *args[1:]], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    run = lambda *args: subprocess.run(
+        [sys.executable, project.path / args[0], *args[1:]],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     (project.path / 'config' / 'small.py').write_text('max_iters = 2\n')
     done = run('train.py', 'config/small.py', *TINY[:-2], '--out_dir=out-here')
     assert done.returncode == 0 and (tmp_path / 'out-here' / 'ckpt.pt').exists(), done.stderr
     assert run('eval.py', '--out_dir=out-here', '--device=cpu').returncode == 0
     missing = run('train.py', *TINY, '--dataset=shakespeare_char')
-    assert missing.returncode == 2 and str(project.path / 'data' / 'shakespeare_char' / 'prepare.py') in missing.stderr
+    assert (
+        missing.returncode == 2
+        and str(project.path / 'data' / 'shakespeare_char' / 'prepare.py') in missing.stderr
+    )
 
 
 def test_a_home_folder_may_be_written_as_in_a_shell(project, tmp_path):
     env = {'HOME': str(tmp_path), 'USERPROFILE': str(tmp_path)}
     project.run('train.py', *TINY, '--max_iters=2', '--out_dir=~/out-home', env=env)
     (tmp_path / 'prompt.txt').write_text('to be')
-    out = project.run('sample.py', '--device=cpu', '--init_from=~/out-home', '--start=FILE:~/prompt.txt', '--max_new_tokens=3', '--num_samples=1',
-                      '--output=~/texts.jsonl', env=env)
+    out = project.run(
+        'sample.py',
+        '--device=cpu',
+        '--init_from=~/out-home',
+        '--start=FILE:~/prompt.txt',
+        '--max_new_tokens=3',
+        '--num_samples=1',
+        '--output=~/texts.jsonl',
+        env=env,
+    )
     assert (tmp_path / 'texts.jsonl').exists() and out and not (project.path / '~').exists()
 
 
@@ -140,14 +212,37 @@ def test_a_vocabulary_without_a_newline_has_a_default_prompt_and_chats(project):
     write_dataset(project.path / 'data' / 'dna', 'ACGTTGCA' * 200)
     flags = [flag for flag in TINY if not flag.startswith('--dataset')]
     project.run('train.py', *flags, '--dataset=dna', '--max_iters=2', '--out_dir=out-dna')
-    out = project.run('sample.py', '--device=cpu', '--out_dir=out-dna', '--num_samples=1', '--max_new_tokens=5').stdout
+    out = project.run(
+        'sample.py', '--device=cpu', '--out_dir=out-dna', '--num_samples=1', '--max_new_tokens=5'
+    ).stdout
     assert set(out.split('\n')[0]) <= set('ACGT')
-    chat = subprocess.run([sys.executable, 'sample.py', '--device=cpu', '--out_dir=out-dna', '--interactive=True', '--max_new_tokens=2'], cwd=project.path,
-                          input='AC\nGT\nA\n', text=True, capture_output=True, timeout=120)
+    chat = subprocess.run(
+        [
+            sys.executable,
+            'sample.py',
+            '--device=cpu',
+            '--out_dir=out-dna',
+            '--interactive=True',
+            '--max_new_tokens=2',
+        ],
+        cwd=project.path,
+        input='AC\nGT\nA\n',
+        text=True,
+        capture_output=True,
+        timeout=120,
+    )
     assert chat.returncode == 0 and 'lacks' not in chat.stdout
 
 
 def test_a_batch_larger_than_the_text_is_no_larger(project, trained):
     start = time.time()
-    want = project.run('eval.py', '--out_dir=out-trained', '--device=cpu', '--batch_size=1000').stdout
-    assert project.run('eval.py', '--out_dir=out-trained', '--device=cpu', '--batch_size=10000000').stdout == want and time.time() - start < 20
+    want = project.run(
+        'eval.py', '--out_dir=out-trained', '--device=cpu', '--batch_size=1000'
+    ).stdout
+    assert (
+        project.run(
+            'eval.py', '--out_dir=out-trained', '--device=cpu', '--batch_size=10000000'
+        ).stdout
+        == want
+        and time.time() - start < 20
+    )

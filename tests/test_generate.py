@@ -1,16 +1,31 @@
 import pytest
+import tape
 import torch
 
 import generate
-import tape
-from support.graphs import Recorder
 from generate import KVCache, new_cache, pick, seen_in, stream
 from model import GPT, GPTConfig
 from support.cpu import pack
+from support.graphs import Recorder
 
-KNOBS = [dict(), dict(pos='rotary'), dict(pos='alibi'), dict(pos='none'), dict(n_kv_head=2), dict(n_kv_head=1, pos='rotary', qk_norm=True),
-         dict(tie_embeddings=False, pos='alibi', n_kv_head=2), dict(pos='rotary', norm='rmsnorm', activation='relu2', qk_norm=True,
-         tie_embeddings=False, embed_norm=True, logit_cap=15.0)]
+KNOBS = [
+    dict(),
+    dict(pos='rotary'),
+    dict(pos='alibi'),
+    dict(pos='none'),
+    dict(n_kv_head=2),
+    dict(n_kv_head=1, pos='rotary', qk_norm=True),
+    dict(tie_embeddings=False, pos='alibi', n_kv_head=2),
+    dict(
+        pos='rotary',
+        norm='rmsnorm',
+        activation='relu2',
+        qk_norm=True,
+        tie_embeddings=False,
+        embed_norm=True,
+        logit_cap=15.0,
+    ),
+]
 SMALL = dict(block_size=16, vocab_size=29, n_layer=2, n_head=4, n_embd=32)
 
 
@@ -32,10 +47,10 @@ def windows(model, prompt, n, **options):
     """Tokens and log-probabilities by recomputing the last block_size tokens for each new one, as nanoGPT does."""
     ids, logprobs = list(prompt), []
     for _ in range(n):
-        logits = model(torch.tensor([ids[-model.config.block_size:]]))[0][0, -1]
+        logits = model(torch.tensor([ids[-model.config.block_size :]]))[0][0, -1]
         logprobs.append(torch.log_softmax(logits, -1))
         ids.append(int(logits.argmax()))
-    return ids[len(prompt):], torch.stack(logprobs)
+    return ids[len(prompt) :], torch.stack(logprobs)
 
 
 @pytest.mark.parametrize('knobs', KNOBS)
@@ -48,12 +63,19 @@ def test_log_probabilities_with_the_cache_equal_those_without(knobs):
         pad = torch.tensor([T - len(prompt) for prompt in batch])
         cache = KVCache(model.config, 32, pad)
         sequences = [list(prompt) for prompt in batch]
-        logits = model(torch.tensor([[0] * (T - len(prompt)) + prompt for prompt in batch]), cache=cache)[0][:, -1]
+        logits = model(
+            torch.tensor([[0] * (T - len(prompt)) + prompt for prompt in batch]), cache=cache
+        )[0][:, -1]
         for step in range(4):
             for b, sequence in enumerate(sequences):
                 if len(sequence) <= 16:
                     want = model(torch.tensor([sequence]))[0][0, -1]
-                    torch.testing.assert_close(torch.log_softmax(logits[b], -1), torch.log_softmax(want, -1), rtol=0, atol=1e-5)
+                    torch.testing.assert_close(
+                        torch.log_softmax(logits[b], -1),
+                        torch.log_softmax(want, -1),
+                        rtol=0,
+                        atol=1e-5,
+                    )
             token = torch.randint(29, (len(batch), 1))
             for sequence, t in zip(sequences, token.flatten().tolist()):
                 sequence.append(t)
@@ -69,7 +91,10 @@ def test_greedy_tokens_are_those_without_a_cache(knobs):
     want = [windows(model, prompt, 4)[0] for prompt in prompts]
     got = torch.stack(list(stream(model, prompts, 4, temperature=0)), dim=1).tolist()
     assert got == want
-    assert [torch.stack(list(stream(model, [prompt], 4, temperature=0)), dim=1)[0].tolist() for prompt in prompts] == want
+    assert [
+        torch.stack(list(stream(model, [prompt], 4, temperature=0)), dim=1)[0].tolist()
+        for prompt in prompts
+    ] == want
 
 
 def test_learned_positions_beyond_block_size_equal_nanogpts_window():
@@ -96,6 +121,7 @@ def test_other_positions_slide_beyond_block_size(pos):
         def begin(self, T, dtype):
             at, bias = super().begin(T, dtype)
             return at, (0.0 if bias is None else bias) + band
+
     logits = model(ids, ids, cache=Everything(model.config, T, torch.tensor([0])))[0][0]
     assert logits[4:-1].argmax(-1).tolist() == got
 
@@ -112,7 +138,7 @@ def test_a_text_that_goes_on_keeps_its_cache_and_is_the_same_as_made_at_once(pos
         text += [int(token) for token in stream(model, [text], 3, temperature=0, cache=cache)]
         assert cache.length == len(text) - 1
     alone = KVCache(model.config, 16, torch.tensor([0]))
-    for i, token in enumerate(text): # each token by itself
+    for i, token in enumerate(text):  # each token by itself
         logits = model(torch.tensor([[token]]), cache=alone)[0][0, -1]
         turn = i + 1 in (3, 8, 17, 29)
         if turn and i + 1 < len(text):
@@ -122,14 +148,18 @@ def test_a_text_that_goes_on_keeps_its_cache_and_is_the_same_as_made_at_once(pos
 def test_samples_do_not_depend_on_what_else_is_in_the_batch():
     model = random_model(pos='rotary')
     prompts = [torch.randint(29, (n,)).tolist() for n in (4, 7, 2)]
-    run = lambda prompts, samples, **options: torch.stack(list(stream(model, prompts, 12, samples=range(samples), **options)), 1).tolist()
+    run = lambda prompts, samples, **options: torch.stack(
+        list(stream(model, prompts, 12, samples=range(samples), **options)), 1
+    ).tolist()
     together = run(prompts, 5, seed=3)
     for i, prompt in enumerate(prompts):
-        assert run([prompt], 5, seed=3) == together[5 * i:5 * i + 5]
-        assert run([prompt], 2, seed=3) == together[5 * i:5 * i + 2]
+        assert run([prompt], 5, seed=3) == together[5 * i : 5 * i + 5]
+        assert run([prompt], 2, seed=3) == together[5 * i : 5 * i + 2]
     assert run(prompts, 5, seed=3) == together != run(prompts, 5, seed=4)
     assert len({tuple(row) for row in together[:5]}) == 5
-    assert run(prompts[:1] * 2, 2, seed=3) == together[:2] * 2 # the same prompt again, the same texts
+    assert (
+        run(prompts[:1] * 2, 2, seed=3) == together[:2] * 2
+    )  # the same prompt again, the same texts
 
 
 def test_each_sequence_stops_by_itself():
@@ -141,8 +171,13 @@ def test_each_sequence_stops_by_itself():
     def stop(b, new):
         seen[b] = list(new)
         return len(new) == (3, 6)[b]
+
     got = torch.stack(list(stream(model, prompts, 12, seed=1, stop=stop)), 1)
-    assert got.shape == (2, 6) and got[0].tolist() == free[0, :3].tolist() + [-1] * 3 and torch.equal(got[1], free[1, :6])
+    assert (
+        got.shape == (2, 6)
+        and got[0].tolist() == free[0, :3].tolist() + [-1] * 3
+        and torch.equal(got[1], free[1, :6])
+    )
     assert seen == {0: free[0, :3].tolist(), 1: free[1, :6].tolist()}
 
 
@@ -151,7 +186,11 @@ def by_hand(logits, temperature, top_k, top_p, min_p):
     probs = torch.softmax(logits / temperature, -1)
     order = probs.argsort(descending=True).tolist()
     kept, mass = [], 0.0
-    left = [t for n, t in enumerate(order) if (top_k is None or n < top_k) and probs[t] >= min_p * probs[order[0]]]
+    left = [
+        t
+        for n, t in enumerate(order)
+        if (top_k is None or n < top_k) and probs[t] >= min_p * probs[order[0]]
+    ]
     whole = sum(probs[t].item() for t in left)
     for t in left:
         if mass < top_p * whole:
@@ -162,12 +201,22 @@ def by_hand(logits, temperature, top_k, top_p, min_p):
     return out / out.sum()
 
 
-@pytest.mark.parametrize('options', [dict(), dict(temperature=0.5), dict(top_k=5), dict(top_p=0.7), dict(min_p=0.2), dict(top_k=9, top_p=0.8, min_p=0.05, temperature=1.4)])
+@pytest.mark.parametrize(
+    'options',
+    [
+        dict(),
+        dict(temperature=0.5),
+        dict(top_k=5),
+        dict(top_p=0.7),
+        dict(min_p=0.2),
+        dict(top_k=9, top_p=0.8, min_p=0.05, temperature=1.4),
+    ],
+)
 def test_draws_follow_the_probabilities_that_are_left(options):
     torch.manual_seed(2)
     logits = torch.randn(1, 29) * 2
     options = {**dict(temperature=1.0, top_k=None, top_p=1.0, min_p=0.0), **options}
-    draws = (torch.arange(20000) + 0.5) / 20000 # every quantile once
+    draws = (torch.arange(20000) + 0.5) / 20000  # every quantile once
     tokens = pick(logits.expand(20000, -1), draws, repetition_penalty=1.0, **options)
     want = by_hand(logits[0], **options)
     assert (torch.bincount(tokens, minlength=29) / 20000 - want).abs().max() < 2e-4
@@ -181,27 +230,35 @@ def test_a_token_of_no_probability_is_never_drawn():
 
 def test_repetition_is_penalised_as_in_transformers():
     from transformers import RepetitionPenaltyLogitsProcessor
+
     torch.manual_seed(3)
     logits, before = torch.randn(4, 29), torch.randint(29, (4, 6))
     want = RepetitionPenaltyLogitsProcessor(1.7)(before, logits.clone()).argmax(-1)
-    greedy = lambda penalty, pad: pick(logits, torch.zeros(4), 0, None, 1.0, 0.0, penalty, seen_in(before, torch.tensor(pad), 29))
+    greedy = lambda penalty, pad: pick(
+        logits, torch.zeros(4), 0, None, 1.0, 0.0, penalty, seen_in(before, torch.tensor(pad), 29)
+    )
     assert torch.equal(greedy(1.7, [0, 0, 0, 0]), want)
-    assert greedy(1e9, [6, 0, 0, 0])[0] == logits[0].argmax() # nothing came before the first
+    assert greedy(1e9, [6, 0, 0, 0])[0] == logits[0].argmax()  # nothing came before the first
 
 
 @pytest.mark.parametrize('knobs', [KNOBS[0], KNOBS[-1]])
 def test_packed_weights_give_the_same_logits(knobs):
     """In float32 to rounding, with the tied matrix still there to look tokens up; in 8 bits to what 8 bits hold."""
     sizes = dict(vocab_size=1024, n_embd=256, n_head=4)
-    plain, packed, packed_many, int8 = models = [random_model(**{**knobs, **sizes}) for _ in range(4)]
+    plain, packed, packed_many, int8 = models = [
+        random_model(**{**knobs, **sizes}) for _ in range(4)
+    ]
     for model in models:
         for p in model.parameters():
             p.mul_(0.1)
     pack(packed)
     pack(packed_many, rows=6)
     pack(int8.bfloat16(), int8=True)
-    assert int8.lm_head.packed.dtype == torch.int8 and packed.lm_head.weight.numel() == int8.lm_head.weight.numel() == 0
-    for shape in ((1, 1), (2, 5), (3, 16)): # few rows and many
+    assert (
+        int8.lm_head.packed.dtype == torch.int8
+        and packed.lm_head.weight.numel() == int8.lm_head.weight.numel() == 0
+    )
+    for shape in ((1, 1), (2, 5), (3, 16)):  # few rows and many
         ids = torch.randint(1024, shape)
         want = plain(ids, targets=ids)[0]
         for model in (packed, packed_many):
@@ -229,10 +286,15 @@ def test_compiled_steps_are_compiled_once_and_give_the_same_tokens(knobs):
     """Over prompts of unequal length, and on beyond block_size."""
     torch.compiler.reset()
     model = random_model(**knobs)
-    prompts, compiled = [torch.randint(29, (n,)).tolist() for n in (2, 9, 13)], torch.compile(model, backend='eager', fullgraph=True, dynamic=False)
+    prompts, compiled = (
+        [torch.randint(29, (n,)).tolist() for n in (2, 9, 13)],
+        torch.compile(model, backend='eager', fullgraph=True, dynamic=False),
+    )
     want = torch.stack(list(stream(model, prompts, 24, temperature=0, stride=4)))
     with torch._dynamo.config.patch(error_on_recompile=True):
-        got = torch.stack(list(stream(model, prompts, 24, temperature=0, stride=4, compiled=compiled)))
+        got = torch.stack(
+            list(stream(model, prompts, 24, temperature=0, stride=4, compiled=compiled))
+        )
     assert got.equal(want)
 
 
@@ -246,7 +308,10 @@ def test_a_compiled_chat_is_compiled_once(knobs):
     with torch._dynamo.config.patch(error_on_recompile=True):
         for n in (1, 2, 9, 7, 1, 5):
             text += torch.randint(29, (n,)).tolist()
-            plain, ours = (torch.cat(list(stream(model, [text], 3, temperature=0, cache=cache, compiled=run))) for cache, run in zip(caches, (None, compiled)))
+            plain, ours = (
+                torch.cat(list(stream(model, [text], 3, temperature=0, cache=cache, compiled=run)))
+                for cache, run in zip(caches, (None, compiled))
+            )
             assert ours.equal(plain)
             text += plain.tolist()
 
@@ -263,15 +328,23 @@ def taped(monkeypatch):
         def count():
             counts['replay'] += 1
             replay()
+
         return count, outputs
+
     tape.install(monkeypatch.setattr)
     monkeypatch.setattr(Recorder, 'record', record)
     monkeypatch.setattr(generate, 'can_record', lambda device: True)
     return counts
 
 
-OPTIONS = [dict(temperature=0), dict(seed=3), dict(seed=3, top_k=5, top_p=0.8), dict(seed=1, min_p=0.1, temperature=1.3),
-           dict(seed=2, repetition_penalty=1.5), dict(temperature=0, repetition_penalty=2.0)]
+OPTIONS = [
+    dict(temperature=0),
+    dict(seed=3),
+    dict(seed=3, top_k=5, top_p=0.8),
+    dict(seed=1, min_p=0.1, temperature=1.3),
+    dict(seed=2, repetition_penalty=1.5),
+    dict(temperature=0, repetition_penalty=2.0),
+]
 
 
 def texts(model, prompts, n, **options):
@@ -283,10 +356,13 @@ def texts(model, prompts, n, **options):
 def test_replayed_steps_make_the_same_texts(taped, knobs, options):
     """For prompts of unequal length, three samples each, on beyond block_size."""
     model = random_model(**knobs)
-    prompts, options = [torch.randint(29, (n,)).tolist() for n in (2, 9, 13)], dict(options, samples=range(3), stride=8)
+    prompts, options = (
+        [torch.randint(29, (n,)).tolist() for n in (2, 9, 13)],
+        dict(options, samples=range(3), stride=8),
+    )
     want = texts(model, prompts, 40, cuda_graph=False, **options)
     assert taped['record'] == 0 and texts(model, prompts, 40, **options) == want
-    assert taped['record'] == 1 and taped['replay'] > 20 # block_size is less than a span
+    assert taped['record'] == 1 and taped['replay'] > 20  # block_size is less than a span
 
 
 @pytest.mark.parametrize('pos', ['learned', 'rotary'])
@@ -294,7 +370,7 @@ def test_attention_reads_no_more_than_a_span_and_each_is_recorded_once(taped, po
     model = random_model(pos=pos, block_size=512)
     want = texts(model, [[1, 2], [3]], 300, seed=1, cuda_graph=False)
     assert texts(model, [[1, 2], [3]], 300, seed=1) == want
-    assert taped['record'] == 2 # for 256 and for 512 columns
+    assert taped['record'] == 2  # for 256 and for 512 columns
 
 
 def test_recordings_are_kept_from_call_to_call(taped):
@@ -304,7 +380,9 @@ def test_recordings_are_kept_from_call_to_call(taped):
         want = texts(model, [prompt], 30, seed=seed, samples=range(4), cuda_graph=False)
         assert texts(model, [prompt], 30, seed=seed, samples=range(4), kept=kept) == want
     assert taped['record'] == 1
-    assert texts(model, [prompt], 30, kept=kept, temperature=0) == texts(model, [prompt], 30, temperature=0, cuda_graph=False) # others: anew
+    assert texts(model, [prompt], 30, kept=kept, temperature=0) == texts(
+        model, [prompt], 30, temperature=0, cuda_graph=False
+    )  # others: anew
 
 
 def test_tokens_beyond_a_stop_are_thrown_away(taped):
@@ -323,7 +401,7 @@ def test_a_chat_is_recorded_once(taped, pos):
     plain, ours = new_cache(model, static=False), new_cache(model, static=True)
     for n in (3, 1, 9, 7, 20, 1, 5):
         text += torch.randint(29, (n,)).tolist()
-        if len(text) > 64 and pos == 'learned': # as sample.py does
+        if len(text) > 64 and pos == 'learned':  # as sample.py does
             text = text[-32:]
             plain.restart(torch.zeros_like(plain.pad))
             ours.restart(torch.zeros_like(ours.pad))

@@ -6,14 +6,14 @@ what these tests see is whether the parts depend on anything but tensors that ar
 from pathlib import Path
 
 import pytest
-import torch
-
-from support import checkpoint as ckpt
 import tape
+import torch
 from conftest import TINY
-from support.graphs import Recorder, can_record
-from support.device import pays_to_compile
+
 from model import GPT, GPTConfig
+from support import checkpoint as ckpt
+from support.device import pays_to_compile
+from support.graphs import Recorder, can_record
 from support.runlog import read_log
 
 TAPED = f"""
@@ -61,7 +61,10 @@ def taped(project):
 
     def run(out, *flags, on=True, **env):
         env = {'TAPE': str(int(on)), **env}
-        return project.run('taped.py', 'train.py', *TINY, f'--out_dir={out}', '--log_interval=1', *flags, env=env).stdout
+        return project.run(
+            'taped.py', 'train.py', *TINY, f'--out_dir={out}', '--log_interval=1', *flags, env=env
+        ).stdout
+
     run.path = project.path
     return run
 
@@ -72,22 +75,37 @@ def outcome(folder):
     state = ckpt.read(str(folder / checkpoint['optimizer_file']))['state']
     names = ('iter', 'loss', 'train_loss', 'val_loss', 'grad_norm', 'clipped', 'bad_steps', 'lr')
     rows = [[row.get(name) for name in names] for row in read_log(folder / 'log.csv')]
-    return rows, [*checkpoint['model'].values()], [t for tensors in state.values() for t in tensors.values()]
+    return (
+        rows,
+        [*checkpoint['model'].values()],
+        [t for tensors in state.values() for t in tensors.values()],
+    )
 
 
 def same(a, b):
     (rows, *tensors), (other_rows, *other_tensors) = outcome(a), outcome(b)
-    assert repr(rows) == repr(other_rows) # nan is not itself
+    assert repr(rows) == repr(other_rows)  # nan is not itself
     for mine, theirs in zip(tensors, other_tensors):
         assert len(mine) == len(theirs) and all(torch.equal(x, y) for x, y in zip(mine, theirs))
 
 
-@pytest.mark.parametrize('flags', [
-    ['--max_iters=30', '--dropout=0.2'], ['--gradient_accumulation_steps=3', '--dropout=0.1'], MUON, [*MUON, '--gradient_accumulation_steps=3'],
-    ['--grad_clip=0.0'], ['--grad_clip=0.01'], ['--gradient_accumulation_steps=4', '--batch_size_warmup_iters=8'],
-    ['--gradient_checkpointing=True', '--loss_chunk=20'], ['--pos=alibi', '--activation=swiglu', '--n_kv_head=1'],
-    ['--mask_before_token=,', '--dropout=0.1'], [*MUON, '--dtype=bfloat16'],
-], ids=' '.join)
+@pytest.mark.parametrize(
+    'flags',
+    [
+        ['--max_iters=30', '--dropout=0.2'],
+        ['--gradient_accumulation_steps=3', '--dropout=0.1'],
+        MUON,
+        [*MUON, '--gradient_accumulation_steps=3'],
+        ['--grad_clip=0.0'],
+        ['--grad_clip=0.01'],
+        ['--gradient_accumulation_steps=4', '--batch_size_warmup_iters=8'],
+        ['--gradient_checkpointing=True', '--loss_chunk=20'],
+        ['--pos=alibi', '--activation=swiglu', '--n_kv_head=1'],
+        ['--mask_before_token=,', '--dropout=0.1'],
+        [*MUON, '--dtype=bfloat16'],
+    ],
+    ids=' '.join,
+)
 def test_a_replayed_run_equals_a_plain_one_bit_for_bit(taped, flags):
     out = taped('out-taped', *flags)
     assert 'CUDA graph' in out and 'could not be recorded' not in out
@@ -107,8 +125,12 @@ def test_a_bad_step_leaves_weights_and_state_alone(taped, flags):
     for name, on in (('out-taped-bad', True), ('out-plain-bad', False)):
         taped(name, *flags, on=on, PLANT='7')
     same(taped.path / 'out-taped-bad', taped.path / 'out-plain-bad')
-    rows = [row for row in read_log(taped.path / 'out-taped-bad' / 'log.csv') if row.get('bad_steps')]
-    assert [row['iter'] for row in rows] == [7] and torch.isfinite(torch.tensor(rows[0]['val_loss'] if 'val_loss' in rows[0] else 0.0))
+    rows = [
+        row for row in read_log(taped.path / 'out-taped-bad' / 'log.csv') if row.get('bad_steps')
+    ]
+    assert [row['iter'] for row in rows] == [7] and torch.isfinite(
+        torch.tensor(rows[0]['val_loss'] if 'val_loss' in rows[0] else 0.0)
+    )
 
 
 @pytest.mark.parametrize('on', [True, False])
@@ -128,13 +150,20 @@ def test_a_run_resumes_with_and_without_graphs(taped, flags, first):
     taped('out-straight', *flags, '--max_iters=16')
     taped('out-resumed', *flags, '--max_iters=9', on=first)
     taped('out-resumed', *flags, '--max_iters=16', '--init_from=resume', on=not first)
-    a, b = (ckpt.load(str(taped.path / name / 'ckpt.pt'))['model'] for name in ('out-straight', 'out-resumed'))
+    a, b = (
+        ckpt.load(str(taped.path / name / 'ckpt.pt'))['model']
+        for name in ('out-straight', 'out-resumed')
+    )
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_a_recording_that_fails_costs_one_line(taped):
     out = taped('out-item', ITEM='1')
-    assert out.count('add_gradients could not be recorded as a CUDA graph and runs without: ') == out.count('could not be recorded') == 1
+    assert (
+        out.count('add_gradients could not be recorded as a CUDA graph and runs without: ')
+        == out.count('could not be recorded')
+        == 1
+    )
     taped('out-plain-item', on=False)
     same(taped.path / 'out-item', taped.path / 'out-plain-item')
 
@@ -152,7 +181,10 @@ def test_an_older_optimizer_file_resumes(taped):
             group.update(momentum=0.95, steps=6)
     torch.save(state, taped.path / 'out-older-state' / name)
     taped('out-older-state', *MUON, '--max_iters=12', '--init_from=resume')
-    a, b = (ckpt.load(str(taped.path / name / 'ckpt.pt'))['model'] for name in ('out-straight-muon', 'out-older-state'))
+    a, b = (
+        ckpt.load(str(taped.path / name / 'ckpt.pt'))['model']
+        for name in ('out-straight-muon', 'out-older-state')
+    )
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -164,7 +196,10 @@ def test_a_recorded_function_asks_for_the_shape_it_was_recorded_for(monkeypatch)
         add(torch.full((3,), float(i)))
     assert seen.tolist() == [15.0] * 3
     for wrong in (torch.ones(2), torch.ones(3, dtype=torch.int64)):
-        with pytest.raises(AssertionError, match=r'was recorded for a tensor of \(3,\), torch.float32 and got one of'):
+        with pytest.raises(
+            AssertionError,
+            match=r'was recorded for a tensor of \(3,\), torch.float32 and got one of',
+        ):
             add(wrong)
 
 
@@ -172,43 +207,91 @@ def test_a_recorder_that_is_off_leaves_functions_as_they_are():
     assert Recorder(on=False)(len) is len
 
 
-@pytest.mark.parametrize('case, want', [
-    (('auto', 'cuda:0', 'bfloat16', False, False), True), (('auto', 'cuda:0', 'float32', False, False), True), ((True, 'cuda:0', 'float32', False, False), True),
-    ((False, 'cuda:0', 'float32', False, False), False), (('auto', 'cpu', 'float32', False, False), False), (('auto', 'mps', 'float32', False, False), False),
-    (('auto', 'cuda:0', 'float16', False, False), False), (('auto', 'cuda:0', 'float32', True, False), False), (('auto', 'cuda:0', 'float32', False, True), False),
-])
+@pytest.mark.parametrize(
+    'case, want',
+    [
+        (('auto', 'cuda:0', 'bfloat16', False, False), True),
+        (('auto', 'cuda:0', 'float32', False, False), True),
+        ((True, 'cuda:0', 'float32', False, False), True),
+        ((False, 'cuda:0', 'float32', False, False), False),
+        (('auto', 'cpu', 'float32', False, False), False),
+        (('auto', 'mps', 'float32', False, False), False),
+        (('auto', 'cuda:0', 'float16', False, False), False),
+        (('auto', 'cuda:0', 'float32', True, False), False),
+        (('auto', 'cuda:0', 'float32', False, True), False),
+    ],
+)
 def test_what_cannot_be_recorded_takes_the_ordinary_way(case, want):
     assert can_record(*case) is want
 
 
-@pytest.mark.parametrize('case, message', [
-    ((True, 'cpu', 'float32', False, False), 'on a CUDA device'), ((True, 'cuda:0', 'float32', True, False), 'without torchrun'),
-    ((True, 'cuda:0', 'float16', False, False), 'with float32 or bfloat16'), ((True, 'cuda:0', 'float32', False, True), 'without dropout beside'),
-    (('yes', 'cuda:0', 'float32', False, False), "cuda_graph='yes' is none of"),
-])
+@pytest.mark.parametrize(
+    'case, message',
+    [
+        ((True, 'cpu', 'float32', False, False), 'on a CUDA device'),
+        ((True, 'cuda:0', 'float32', True, False), 'without torchrun'),
+        ((True, 'cuda:0', 'float16', False, False), 'with float32 or bfloat16'),
+        ((True, 'cuda:0', 'float32', False, True), 'without dropout beside'),
+        (('yes', 'cuda:0', 'float32', False, False), "cuda_graph='yes' is none of"),
+    ],
+)
 def test_asking_for_what_cannot_be_recorded_is_an_error(case, message):
     with pytest.raises(ValueError, match=message):
         can_record(*case)
 
 
 def test_scripts_say_so_in_one_line(project):
-    assert 'cuda_graph=True is supported only on a CUDA device' in project.error('train.py', *TINY, '--cuda_graph=True')
+    assert 'cuda_graph=True is supported only on a CUDA device' in project.error(
+        'train.py', *TINY, '--cuda_graph=True'
+    )
     from test_parallel import BOTH
-    done = project.run('train.py', *TINY, '--cuda_graph=True', '--gradient_accumulation_steps=2', launcher=BOTH, check=False)
+
+    done = project.run(
+        'train.py',
+        *TINY,
+        '--cuda_graph=True',
+        '--gradient_accumulation_steps=2',
+        launcher=BOTH,
+        check=False,
+    )
     assert done.returncode != 0 and 'cuda_graph=True is supported only on' in done.stderr
 
 
-RECIPES = {'train_shakespeare_char': 65, 'train_calculator': 96, 'train_reverser': 96, 'train_wordcalc': 96, 'train_gpt2': 50304}
+RECIPES = {
+    'train_shakespeare_char': 65,
+    'train_calculator': 96,
+    'train_reverser': 96,
+    'train_wordcalc': 96,
+    'train_gpt2': 50304,
+}
 
 
 @pytest.mark.parametrize('recipe', RECIPES)
 def test_only_a_long_run_is_worth_compiling(recipe):
-    settings = dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=12, gradient_accumulation_steps=40, max_iters=600000)
-    exec((Path(__file__).parent.parent / 'config' / f'{recipe}.py').read_text(encoding='utf-8'), settings)
+    settings = dict(
+        n_layer=12,
+        n_head=12,
+        n_embd=768,
+        block_size=1024,
+        batch_size=12,
+        gradient_accumulation_steps=40,
+        max_iters=600000,
+    )
+    exec(
+        (Path(__file__).parent.parent / 'config' / f'{recipe}.py').read_text(encoding='utf-8'),
+        settings,
+    )
     sizes = {name: settings[name] for name in ('n_layer', 'n_head', 'n_embd', 'block_size')}
     with torch.device('meta'):
-        per_token = GPT(GPTConfig(**sizes, vocab_size=RECIPES[recipe], bias=False)).flops_per_token()
-    tokens = settings['max_iters'] * settings['gradient_accumulation_steps'] * settings['batch_size'] * settings['block_size']
+        per_token = GPT(
+            GPTConfig(**sizes, vocab_size=RECIPES[recipe], bias=False)
+        ).flops_per_token()
+    tokens = (
+        settings['max_iters']
+        * settings['gradient_accumulation_steps']
+        * settings['batch_size']
+        * settings['block_size']
+    )
     assert pays_to_compile(tokens * per_token) == (recipe == 'train_gpt2')
 
 

@@ -64,7 +64,7 @@ def test_a_batch_depends_on_seed_and_iteration_alone(tmp_path):
 
 
 def test_batches_drawn_many_at_a_time_are_those_drawn_one_by_one(tmp_path):
-    loader = make(tmp_path, n=300, block_size=8, batch_size=4) # 9 batches an epoch
+    loader = make(tmp_path, n=300, block_size=8, batch_size=4)  # 9 batches an epoch
     for number, (X, Y) in enumerate(loader.train_batches(range(700), 'cpu')):
         U, V = loader.gather(loader.train_starts(4 * number + np.arange(4)))
         assert X.equal(U) and Y.equal(V) and X.is_contiguous() and Y.is_contiguous()
@@ -75,11 +75,21 @@ def test_batches_drawn_many_at_a_time_are_those_drawn_one_by_one(tmp_path):
 def test_any_number_of_processes_sees_the_same_global_batches(tmp_path, world_size):
     loader = make(tmp_path)
     alone = take(loader.train_batches(indices(0, 4, 0, 0, 1), 'cpu'), 12)
-    ranks = [take(loader.train_batches(indices(0, 4, 0, rank, world_size), 'cpu'), 12 // world_size) for rank in range(world_size)]
+    ranks = [
+        take(loader.train_batches(indices(0, 4, 0, rank, world_size), 'cpu'), 12 // world_size)
+        for rank in range(world_size)
+    ]
     for iteration in range(3):
-        want = {tuple(row) for X, _ in alone[4 * iteration:4 * iteration + 4] for row in X.tolist()}
+        want = {
+            tuple(row) for X, _ in alone[4 * iteration : 4 * iteration + 4] for row in X.tolist()
+        }
         per_rank = 4 // world_size
-        got = {tuple(row) for r in ranks for X, _ in r[per_rank * iteration:per_rank * (iteration + 1)] for row in X.tolist()}
+        got = {
+            tuple(row)
+            for r in ranks
+            for X, _ in r[per_rank * iteration : per_rank * (iteration + 1)]
+            for row in X.tolist()
+        }
         assert got == want
 
 
@@ -97,15 +107,27 @@ def test_a_growing_batch_is_dealt_whole_to_any_number_of_processes(world_size):
     for it in range(20):
         first, count = micro_batches(it, 8, 16)
         steps = -(-count // world_size)
-        dealt = [number for rank in range(world_size) for number in take(indices(it, 8, 16, rank, world_size), steps)]
-        assert len(set(dealt)) == len(dealt) == steps * world_size and set(range(first, first + count)) <= set(dealt)
+        dealt = [
+            number
+            for rank in range(world_size)
+            for number in take(indices(it, 8, 16, rank, world_size), steps)
+        ]
+        assert len(set(dealt)) == len(dealt) == steps * world_size and set(
+            range(first, first + count)
+        ) <= set(dealt)
 
 
 @pytest.mark.parametrize('n, max_batches', [(1000, 1000), (1000, 3), (9, 5), (50, 2)])
 @pytest.mark.parametrize('world_size', [1, 3])
-def test_validation_windows_are_fixed_spread_evenly_and_shared(tmp_path, n, max_batches, world_size):
+def test_validation_windows_are_fixed_spread_evenly_and_shared(
+    tmp_path, n, max_batches, world_size
+):
     loader = make(tmp_path, n=n)
-    batches = [b for rank in range(world_size) for b in loader.eval_batches(max_batches, rank, world_size, 'cpu')]
+    batches = [
+        b
+        for rank in range(world_size)
+        for b in loader.eval_batches(max_batches, rank, world_size, 'cpu')
+    ]
     assert all(X.shape == (4, 8) for X, _ in batches)
     starts = sorted(int(x[0]) for X, Y in batches for x, y in zip(X, Y) if y[0] >= 0)
     count = min((n - 1) // 8, max_batches * 4)
@@ -128,5 +150,7 @@ def test_a_block_longer_than_the_data_is_named(tmp_path):
 
 
 def test_a_missing_dataset_says_which_command_prepares_it(tmp_path):
-    with pytest.raises(FileNotFoundError, match='python data/text/prepare.py --input=... --dataset=poems'):
+    with pytest.raises(
+        FileNotFoundError, match='python data/text/prepare.py --input=... --dataset=poems'
+    ):
         Loader('data/poems/train.bin', 8, 4, 65)

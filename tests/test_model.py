@@ -5,16 +5,31 @@ import torch
 from torch.nn import functional as F
 
 import model as model_module
-from support import cpu as ops
-from support.weights import resolve_sizes
-from support.hf import from_pretrained
 from model import GPT, GPTConfig
+from support import cpu as ops
 from support.cpu import dropout
+from support.hf import from_pretrained
+from support.weights import resolve_sizes
 
 
 def tiny(**changes):
     torch.manual_seed(0)
-    return GPT(GPTConfig(**{**dict(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=16, dropout=0.0, bias=True), **changes}))
+    return GPT(
+        GPTConfig(
+            **{
+                **dict(
+                    block_size=16,
+                    vocab_size=64,
+                    n_layer=2,
+                    n_head=2,
+                    n_embd=16,
+                    dropout=0.0,
+                    bias=True,
+                ),
+                **changes,
+            }
+        )
+    )
 
 
 def randomized(model, std=0.3):
@@ -27,8 +42,12 @@ def randomized(model, std=0.3):
 
 def gpt2_of_transformers():
     from transformers import GPT2Config, GPT2LMHeadModel
+
     torch.manual_seed(1)
-    return randomized(GPT2LMHeadModel(GPT2Config(vocab_size=101, n_positions=32, n_embd=48, n_layer=3, n_head=4)), 0.1).eval()
+    return randomized(
+        GPT2LMHeadModel(GPT2Config(vocab_size=101, n_positions=32, n_embd=48, n_layer=3, n_head=4)),
+        0.1,
+    ).eval()
 
 
 def test_logits_equal_those_of_transformers_gpt2(tmp_path):
@@ -44,11 +63,26 @@ def test_logits_equal_those_of_transformers_gpt2(tmp_path):
 def test_pretrained_keeps_its_sizes_and_takes_a_dropout(tmp_path):
     gpt2_of_transformers().save_pretrained(tmp_path)
     cfg = from_pretrained(str(tmp_path), dict(dropout=0.1))[0].config
-    assert (cfg.block_size, cfg.vocab_size, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.bias, cfg.dropout) == (32, 101, 3, 4, 48, True, 0.1)
+    assert (
+        cfg.block_size,
+        cfg.vocab_size,
+        cfg.n_layer,
+        cfg.n_head,
+        cfg.n_embd,
+        cfg.bias,
+        cfg.dropout,
+    ) == (32, 101, 3, 4, 48, True, 0.1)
 
 
-@pytest.mark.parametrize('name, message', [('gpt3', "'gpt3' is neither"), ('gpt2-xxl', 'is neither'), ('gpt2', 'cannot load gpt2: '),
-                                           ('nobody/nothing', 'no such file or folder is here, and from the hub: ')])
+@pytest.mark.parametrize(
+    'name, message',
+    [
+        ('gpt3', "'gpt3' is neither"),
+        ('gpt2-xxl', 'is neither'),
+        ('gpt2', 'cannot load gpt2: '),
+        ('nobody/nothing', 'no such file or folder is here, and from the hub: '),
+    ],
+)
 def test_weights_that_cannot_be_had_are_a_one_line_error(name, message, monkeypatch, tmp_path):
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path))
@@ -67,12 +101,32 @@ def _attempt(name):
 
 def test_parameter_names_and_shapes_are_nanogpts():
     shapes = {name: tuple(p.shape) for name, p in tiny().state_dict().items()}
-    block = {f'transformer.h.{i}.{name}': shape for i in range(2) for name, shape in {
-        'ln_1.weight': (16,), 'ln_1.bias': (16,), 'attn.c_attn.weight': (48, 16), 'attn.c_attn.bias': (48,),
-        'attn.c_proj.weight': (16, 16), 'attn.c_proj.bias': (16,), 'ln_2.weight': (16,), 'ln_2.bias': (16,),
-        'mlp.c_fc.weight': (64, 16), 'mlp.c_fc.bias': (64,), 'mlp.c_proj.weight': (16, 64), 'mlp.c_proj.bias': (16,)}.items()}
-    assert shapes == {'transformer.wte.weight': (64, 16), 'transformer.wpe.weight': (16, 16), **block,
-                      'transformer.ln_f.weight': (16,), 'transformer.ln_f.bias': (16,), 'lm_head.weight': (64, 16)}
+    block = {
+        f'transformer.h.{i}.{name}': shape
+        for i in range(2)
+        for name, shape in {
+            'ln_1.weight': (16,),
+            'ln_1.bias': (16,),
+            'attn.c_attn.weight': (48, 16),
+            'attn.c_attn.bias': (48,),
+            'attn.c_proj.weight': (16, 16),
+            'attn.c_proj.bias': (16,),
+            'ln_2.weight': (16,),
+            'ln_2.bias': (16,),
+            'mlp.c_fc.weight': (64, 16),
+            'mlp.c_fc.bias': (64,),
+            'mlp.c_proj.weight': (16, 64),
+            'mlp.c_proj.bias': (16,),
+        }.items()
+    }
+    assert shapes == {
+        'transformer.wte.weight': (64, 16),
+        'transformer.wpe.weight': (16, 16),
+        **block,
+        'transformer.ln_f.weight': (16,),
+        'transformer.ln_f.bias': (16,),
+        'lm_head.weight': (64, 16),
+    }
     assert tiny().lm_head.weight is not None and tiny().transformer.wte.weight.shape == (64, 16)
     m = tiny()
     assert m.lm_head.weight is m.transformer.wte.weight
@@ -81,7 +135,9 @@ def test_parameter_names_and_shapes_are_nanogpts():
 
 def test_the_shakespeare_recipe_has_10_65_million_parameters():
     with torch.device('meta'):
-        model = GPT(GPTConfig(block_size=256, vocab_size=65, n_layer=6, n_head=6, n_embd=384, bias=False))
+        model = GPT(
+            GPTConfig(block_size=256, vocab_size=65, n_layer=6, n_head=6, n_embd=384, bias=False)
+        )
     assert round(model.get_num_params() / 1e6, 2) == 10.65
 
 
@@ -89,8 +145,16 @@ def test_a_fresh_model_knows_nothing():
     m = tiny()
     idx, targets = torch.randint(64, (2, 64, 16))
     assert abs(m(idx, targets)[1].item() - math.log(64)) < 0.1
-    stds = {name: p.std().item() for name, p in GPT(GPTConfig(block_size=64, vocab_size=64, n_layer=8, n_embd=128, n_head=2)).named_parameters()}
-    assert abs(stds['transformer.h.0.mlp.c_fc.weight'] - 0.02) < 1e-3 and abs(stds['transformer.h.0.mlp.c_proj.weight'] - 0.005) < 5e-4
+    stds = {
+        name: p.std().item()
+        for name, p in GPT(
+            GPTConfig(block_size=64, vocab_size=64, n_layer=8, n_embd=128, n_head=2)
+        ).named_parameters()
+    }
+    assert (
+        abs(stds['transformer.h.0.mlp.c_fc.weight'] - 0.02) < 1e-3
+        and abs(stds['transformer.h.0.mlp.c_proj.weight'] - 0.005) < 5e-4
+    )
 
 
 def test_the_future_is_not_seen_with_or_without_dropout():
@@ -110,7 +174,9 @@ def test_targets_of_minus_one_do_not_count():
     idx, targets = torch.randint(64, (2, 2, 16))
     targets[:, :10] = -1
     logits, loss = m(idx, targets)
-    assert torch.allclose(loss, F.cross_entropy(logits[:, 10:].reshape(-1, 64), targets[:, 10:].reshape(-1)))
+    assert torch.allclose(
+        loss, F.cross_entropy(logits[:, 10:].reshape(-1, 64), targets[:, 10:].reshape(-1))
+    )
 
 
 @pytest.mark.parametrize('p', [0.1, 0.2, 0.5])
@@ -120,7 +186,10 @@ def test_dropout_zeroes_its_share_and_keeps_the_mean(p):
     y = dropout(x, p, training=True)
     assert abs((y == 0).float().mean().item() - p) < 0.005 and abs(y.mean().item() - 1) < 0.01
     zeros = (y == 0).float()
-    assert abs(zeros[:, 0].mean() - p) < 0.05 and abs((zeros[:, 1:] * zeros[:, :-1]).mean() - p * p) < 0.005 # neighbours are independent
+    assert (
+        abs(zeros[:, 0].mean() - p) < 0.05
+        and abs((zeros[:, 1:] * zeros[:, :-1]).mean() - p * p) < 0.005
+    )  # neighbours are independent
     y.sum().backward()
     assert torch.equal(x.grad == 0, y == 0)
     assert dropout(x, p, training=False) is x
@@ -151,7 +220,9 @@ def test_decay_is_for_matrices_only_and_adamw_is_fused():
     decay, rest = optimizer.param_groups
     assert decay['weight_decay'] == 0.1 and all(p.dim() == 2 for p in decay['params'])
     assert rest['weight_decay'] == 0.0 and all(p.dim() == 1 for p in rest['params'])
-    assert decay['fused'] and sum(p.numel() for g in optimizer.param_groups for p in g['params']) == sum(p.numel() for p in tiny().parameters())
+    assert decay['fused'] and sum(
+        p.numel() for g in optimizer.param_groups for p in g['params']
+    ) == sum(p.numel() for p in tiny().parameters())
 
 
 def test_a_token_takes_six_flops_a_parameter_plus_attention():
@@ -165,7 +236,9 @@ def test_greedy_generation_follows_the_most_likely_token_past_the_block():
     idx = torch.randint(64, (3, 5))
     want = idx
     for _ in range(20):
-        want = torch.cat([want, m(want[:, -16:], want[:, -16:])[0][:, -1].argmax(-1, keepdim=True)], dim=1)
+        want = torch.cat(
+            [want, m(want[:, -16:], want[:, -16:])[0][:, -1].argmax(-1, keepdim=True)], dim=1
+        )
     assert torch.equal(m.generate(idx, 20, temperature=0), want)
     assert torch.equal(m.generate(idx, 20, top_k=1), want)
 
@@ -182,47 +255,67 @@ def test_sampling_follows_the_models_probabilities():
 def test_padding_of_the_vocabulary_is_never_sampled():
     m = tiny().eval()
     for options in (dict(temperature=0), dict(temperature=5.0), dict(top_k=200, temperature=5.0)):
-        assert m.generate(torch.zeros(50, 1, dtype=torch.long), 10, vocab_size=10, **options).max() < 10
+        assert (
+            m.generate(torch.zeros(50, 1, dtype=torch.long), 10, vocab_size=10, **options).max()
+            < 10
+        )
 
 
-@pytest.mark.parametrize('given, want', [
-    (dict(), (12, 768)),
-    (dict(n_head=6, n_embd=384), (6, 384)),
-    (dict(d_head=64, d_model=256), (4, 256)),
-    (dict(n_head=4, d_head=64), (4, 256)),
-    (dict(n_head=4, d_model=256, d_head=64), (4, 256)),
-    (dict(n_embd=256, d_model=256), (12, 256)),
-    (dict(d_head=32), (24, 768)),
-    (dict(n_head=6), (6, 768)),
-])
+@pytest.mark.parametrize(
+    'given, want',
+    [
+        (dict(), (12, 768)),
+        (dict(n_head=6, n_embd=384), (6, 384)),
+        (dict(d_head=64, d_model=256), (4, 256)),
+        (dict(n_head=4, d_head=64), (4, 256)),
+        (dict(n_head=4, d_model=256, d_head=64), (4, 256)),
+        (dict(n_embd=256, d_model=256), (12, 256)),
+        (dict(d_head=32), (24, 768)),
+        (dict(n_head=6), (6, 768)),
+    ],
+)
 def test_any_sufficient_sizes_give_the_rest(given, want):
     assert resolve_sizes(given) == want
 
 
-@pytest.mark.parametrize('given, arithmetic', [
-    (dict(n_head=4, d_head=64, d_model=512), 'n_head=4 x d_head=64 = 256, but n_embd=512'),
-    (dict(n_embd=128, d_model=256), 'n_embd=128 and d_model=256'),
-    (dict(d_head=48, d_model=100), '100 / 48 = 2.08'),
-])
+@pytest.mark.parametrize(
+    'given, arithmetic',
+    [
+        (dict(n_head=4, d_head=64, d_model=512), 'n_head=4 x d_head=64 = 256, but n_embd=512'),
+        (dict(n_embd=128, d_model=256), 'n_embd=128 and d_model=256'),
+        (dict(d_head=48, d_model=100), '100 / 48 = 2.08'),
+    ],
+)
 def test_a_contradiction_shows_its_arithmetic(given, arithmetic):
     with pytest.raises(ValueError, match=arithmetic):
         resolve_sizes(given)
 
 
-@pytest.mark.parametrize('changes, message', [
-    (dict(n_embd=100, n_head=6), 'n_embd=100 must be divisible by n_head=6: 100 / 6 = 16.67'),
-    (dict(n_layer=0), 'n_layer=0 must be at least 1'),
-    (dict(dropout=1.0), 'dropout=1.0'),
-])
+@pytest.mark.parametrize(
+    'changes, message',
+    [
+        (dict(n_embd=100, n_head=6), 'n_embd=100 must be divisible by n_head=6: 100 / 6 = 16.67'),
+        (dict(n_layer=0), 'n_layer=0 must be at least 1'),
+        (dict(dropout=1.0), 'dropout=1.0'),
+    ],
+)
 def test_sizes_that_make_no_model_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         GPTConfig(**changes)
 
 
-@pytest.mark.parametrize('module, needs', [(model_module, {'math', 'dataclasses', 'functools', 'torch', 'support'}), (ops, {'os', 'numpy', 'torch'})])
+@pytest.mark.parametrize(
+    'module, needs',
+    [
+        (model_module, {'math', 'dataclasses', 'functools', 'torch', 'support'}),
+        (ops, {'os', 'numpy', 'torch'}),
+    ],
+)
 def test_model_py_touches_nothing_of_ours_but_ops(module, needs):
     with open(module.__file__, encoding='utf-8') as f:
-        imports = {line.split()[1].split('.')[0] for line in f if line.startswith(('import ', 'from '))}
+        imports = {
+            line.split()[1].split('.')[0] for line in f if line.startswith(('import ', 'from '))
+        }
     assert imports == needs
 
 
@@ -231,12 +324,16 @@ def test_gradient_checkpointing_changes_no_gradient_and_keeps_less(dropout):
     kept, gradients = [], []
     for on in (False, True):
         torch.manual_seed(1)
-        model = GPT(GPTConfig(block_size=32, vocab_size=11, n_layer=4, n_head=2, n_embd=32, dropout=dropout))
+        model = GPT(
+            GPTConfig(block_size=32, vocab_size=11, n_layer=4, n_head=2, n_embd=32, dropout=dropout)
+        )
         model.gradient_checkpointing = on
         idx = torch.randint(11, (4, 32))
         sizes = []
         torch.manual_seed(2)
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: (sizes.append(x.numel()), x)[1], lambda x: x):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x: (sizes.append(x.numel()), x)[1], lambda x: x
+        ):
             loss = model(idx, idx)[1]
         loss.backward()
         kept.append(sum(sizes))
@@ -251,16 +348,20 @@ def test_the_loss_in_pieces_is_the_same_and_never_holds_all_logits(cap):
     targets = torch.where(torch.rand(4, 32) < 0.3, -1, idx)
     for chunk in (0, 10):
         torch.manual_seed(1)
-        model = GPT(GPTConfig(block_size=32, vocab_size=500, n_layer=1, n_head=2, n_embd=16, logit_cap=cap))
+        model = GPT(
+            GPTConfig(block_size=32, vocab_size=500, n_layer=1, n_head=2, n_embd=16, logit_cap=cap)
+        )
         model.loss_chunk, sizes = chunk, []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: (sizes.append(x.numel()), x)[1], lambda x: x):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x: (sizes.append(x.numel()), x)[1], lambda x: x
+        ):
             loss = model(idx, targets)[1]
         loss.backward()
         gradients.append([loss, *(p.grad for p in model.parameters())])
         largest.append(max(sizes))
     for a, b in zip(*gradients):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
-    assert largest[0] >= 4 * 32 * 500 and largest[1] <= 4 * 32 * 64 # the widest of the rest
+    assert largest[0] >= 4 * 32 * 500 and largest[1] <= 4 * 32 * 64  # the widest of the rest
 
 
 @pytest.mark.skipif(not ops.AMD, reason='elsewhere torch takes the same library for all')
@@ -284,14 +385,25 @@ def test_large_products_on_amd_equal_torchs(bias):
 
 # -----------------------------------------------------------------------------
 # knobs of newer architectures
-MODERN = dict(bias=False, pos='rotary', norm='rmsnorm', activation='relu2', qk_norm=True, tie_embeddings=False, embed_norm=True,
-              logit_cap=15.0, init='zero_proj')
+MODERN = dict(
+    bias=False,
+    pos='rotary',
+    norm='rmsnorm',
+    activation='relu2',
+    qk_norm=True,
+    tie_embeddings=False,
+    embed_norm=True,
+    logit_cap=15.0,
+    init='zero_proj',
+)
 
 
 def scrambled(**knobs):
     """A tiny GPT with random weights everywhere, zero-initialised ones included."""
     torch.manual_seed(3)
-    model = GPT(GPTConfig(**{**dict(block_size=16, vocab_size=13, n_layer=2, n_head=4, n_embd=32), **knobs})).eval()
+    model = GPT(
+        GPTConfig(**{**dict(block_size=16, vocab_size=13, n_layer=2, n_head=4, n_embd=32), **knobs})
+    ).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
     return model, torch.randint(13, (2, 16))
@@ -300,56 +412,114 @@ def scrambled(**knobs):
 @pytest.mark.parametrize('n_kv_head', [None, 2, 1])
 def test_the_modern_network_is_nanochats(n_kv_head):
     from transformers import NanoChatConfig, NanoChatForCausalLM
+
     ours, idx = scrambled(**MODERN, n_kv_head=n_kv_head)
-    theirs = NanoChatForCausalLM(NanoChatConfig(vocab_size=13, hidden_size=32, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-                                                num_key_value_heads=n_kv_head, max_position_embeddings=16, final_logit_softcapping=15.0)).eval()
+    theirs = NanoChatForCausalLM(
+        NanoChatConfig(
+            vocab_size=13,
+            hidden_size=32,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=n_kv_head,
+            max_position_embeddings=16,
+            final_logit_softcapping=15.0,
+        )
+    ).eval()
     weights = ours.state_dict()
-    mapped = {'model.embed_tokens.weight': weights['transformer.wte.weight'], 'lm_head.weight': weights['lm_head.weight']}
+    mapped = {
+        'model.embed_tokens.weight': weights['transformer.wte.weight'],
+        'lm_head.weight': weights['lm_head.weight'],
+    }
     for i in range(2):
         block = f'transformer.h.{i}.'
         kv = 8 * (n_kv_head or 4)
         qkv = weights[block + 'attn.c_attn.weight'].split((32, kv, kv))
-        mapped |= {f'model.layers.{i}.self_attn.{name}_proj.weight': w for name, w in zip('qkv', qkv)}
-        mapped |= {f'model.layers.{i}.self_attn.o_proj.weight': weights[block + 'attn.c_proj.weight'],
-                   f'model.layers.{i}.mlp.fc1.weight': weights[block + 'mlp.c_fc.weight'],
-                   f'model.layers.{i}.mlp.fc2.weight': weights[block + 'mlp.c_proj.weight']}
+        mapped |= {
+            f'model.layers.{i}.self_attn.{name}_proj.weight': w for name, w in zip('qkv', qkv)
+        }
+        mapped |= {
+            f'model.layers.{i}.self_attn.o_proj.weight': weights[block + 'attn.c_proj.weight'],
+            f'model.layers.{i}.mlp.fc1.weight': weights[block + 'mlp.c_fc.weight'],
+            f'model.layers.{i}.mlp.fc2.weight': weights[block + 'mlp.c_proj.weight'],
+        }
     theirs.load_state_dict(mapped)
     with torch.no_grad():
         assert torch.allclose(ours(idx, idx)[0], theirs(idx).logits, atol=1e-4)
 
 
 def test_with_every_knob_at_its_default_nothing_has_changed():
-    names = [name for name, _ in GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=8)).named_parameters()]
-    block = [f'transformer.h.0.{name}.{kind}' for name in ('ln_1', 'attn.c_attn', 'attn.c_proj', 'ln_2', 'mlp.c_fc', 'mlp.c_proj') for kind in ('weight', 'bias')]
-    assert names == ['transformer.wte.weight', 'transformer.wpe.weight', *block, 'transformer.ln_f.weight', 'transformer.ln_f.bias']
+    names = [
+        name
+        for name, _ in GPT(
+            GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=8)
+        ).named_parameters()
+    ]
+    block = [
+        f'transformer.h.0.{name}.{kind}'
+        for name in ('ln_1', 'attn.c_attn', 'attn.c_proj', 'ln_2', 'mlp.c_fc', 'mlp.c_proj')
+        for kind in ('weight', 'bias')
+    ]
+    assert names == [
+        'transformer.wte.weight',
+        'transformer.wpe.weight',
+        *block,
+        'transformer.ln_f.weight',
+        'transformer.ln_f.bias',
+    ]
 
 
 def test_rotary_scores_depend_on_distance_alone_and_equal_complex_rotation():
     cos, sin = ops.rotary_table(torch.arange(12), 8)
     q, k = torch.randn(2, 8)
-    at = lambda x, t: ops.rotate(x.view(1, 1, 1, 8), cos[t:t + 1], sin[t:t + 1]).flatten()
+    at = lambda x, t: ops.rotate(x.view(1, 1, 1, 8), cos[t : t + 1], sin[t : t + 1]).flatten()
     assert torch.allclose(at(q, 7) @ at(k, 4), at(q, 3) @ at(k, 0), atol=1e-5)
     # independently: pairs (i, i + 4) as complex numbers, turned by -t * 10000^(-i / 4)
-    z = torch.complex(q[:4], q[4:]) * torch.polar(torch.ones(4), -7 * 10000.0 ** (-torch.arange(4) / 4))
+    z = torch.complex(q[:4], q[4:]) * torch.polar(
+        torch.ones(4), -7 * 10000.0 ** (-torch.arange(4) / 4)
+    )
     assert torch.allclose(at(q, 7), torch.cat((z.real, z.imag)), atol=1e-5)
 
 
 def test_alibi_is_a_penalty_by_distance_with_a_slope_per_head():
     bias = ops.alibi_bias(5, 4, 'cpu')
-    for h, slope in enumerate((1 / 4, 1 / 16, 1 / 64, 1 / 256)): # 2^(-8 h / 4), Press et al. 2021, section 3
+    for h, slope in enumerate(
+        (1 / 4, 1 / 16, 1 / 64, 1 / 256)
+    ):  # 2^(-8 h / 4), Press et al. 2021, section 3
         for i in range(5):
-            assert bias[h, i, :i + 1].tolist() == [-slope * (i - j) for j in range(i + 1)] and torch.isinf(bias[h, i, i + 1:]).all()
+            assert (
+                bias[h, i, : i + 1].tolist() == [-slope * (i - j) for j in range(i + 1)]
+                and torch.isinf(bias[h, i, i + 1 :]).all()
+            )
 
 
-@pytest.mark.parametrize('knobs', [dict(pos='rotary'), dict(pos='alibi'), dict(pos='none'), dict(norm='rmsnorm'), dict(activation='relu2'),
-                                   dict(activation='swiglu'), dict(qk_norm=True), dict(tie_embeddings=False), dict(embed_norm=True),
-                                   dict(logit_cap=5.0), dict(n_kv_head=2), dict(attn_dropout=0.2), dict(dropout=0.1, pos='alibi'), MODERN])
+@pytest.mark.parametrize(
+    'knobs',
+    [
+        dict(pos='rotary'),
+        dict(pos='alibi'),
+        dict(pos='none'),
+        dict(norm='rmsnorm'),
+        dict(activation='relu2'),
+        dict(activation='swiglu'),
+        dict(qk_norm=True),
+        dict(tie_embeddings=False),
+        dict(embed_norm=True),
+        dict(logit_cap=5.0),
+        dict(n_kv_head=2),
+        dict(attn_dropout=0.2),
+        dict(dropout=0.1, pos='alibi'),
+        MODERN,
+    ],
+)
 def test_every_knob_trains_is_causal_and_does_something(knobs):
     model, idx = scrambled(**knobs)
     base, _ = scrambled()
     logits = model(idx, idx)[0]
     if 'attn_dropout' not in knobs:
-        assert logits.shape == (2, 16, 13) and not torch.allclose(logits, base(idx, idx)[0], atol=1e-3)
+        assert logits.shape == (2, 16, 13) and not torch.allclose(
+            logits, base(idx, idx)[0], atol=1e-3
+        )
     changed = idx.clone()
     changed[:, 10:] = (changed[:, 10:] + 1) % 13
     assert torch.allclose(logits[:, :10], model(changed, idx)[0][:, :10], atol=1e-5)
@@ -365,7 +535,9 @@ def test_positions_that_are_not_learned_go_beyond_the_trained_length(pos):
     model, _ = scrambled(pos=pos)
     idx = torch.randint(13, (1, 40))
     logits = model(idx, idx)[0]
-    assert logits.shape == (1, 40, 13) and torch.allclose(logits[:, :16], model(idx[:, :16], idx[:, :16])[0], atol=1e-5)
+    assert logits.shape == (1, 40, 13) and torch.allclose(
+        logits[:, :16], model(idx[:, :16], idx[:, :16])[0], atol=1e-5
+    )
     assert model.generate(idx, 3).shape == (1, 43)
 
 
@@ -376,15 +548,23 @@ def test_zero_init_starts_at_the_loss_of_knowing_nothing():
 
 
 def test_swiglu_has_as_many_weights_as_gelu():
-    count = lambda **knobs: sum(p.numel() for p in GPT(GPTConfig(block_size=8, vocab_size=8, n_layer=1, n_head=1, n_embd=96, **knobs)).parameters())
+    count = lambda **knobs: sum(
+        p.numel()
+        for p in GPT(
+            GPTConfig(block_size=8, vocab_size=8, n_layer=1, n_head=1, n_embd=96, **knobs)
+        ).parameters()
+    )
     assert count(activation='swiglu', bias=False) == count(bias=False)
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize('ours, plain', [
-    (ops.rms_norm, lambda x: torch.nn.functional.rms_norm(x, (x.size(-1),), eps=1e-6)),
-    (ops.relu2, lambda x: torch.relu(x).square()),
-])
+@pytest.mark.parametrize(
+    'ours, plain',
+    [
+        (ops.rms_norm, lambda x: torch.nn.functional.rms_norm(x, (x.size(-1),), eps=1e-6)),
+        (ops.relu2, lambda x: torch.relu(x).square()),
+    ],
+)
 def test_what_is_spelled_out_for_a_cpu_equals_torchs(ours, plain, dtype):
     x = torch.randn(2, 3, 5, 64).to(dtype).transpose(1, 2)
     grad = torch.randn(x.shape).to(dtype)
@@ -406,4 +586,6 @@ def test_attention_in_bfloat16_equals_torchs(monkeypatch):
     attention = model.transformer.h[0].attn
     q, k, v = attention.c_attn(x).view(3, 24, 6, 16).transpose(1, 2).split(2, dim=1)
     y = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-    torch.testing.assert_close(attention(x), attention.c_proj(y.transpose(1, 2).reshape(3, 24, 32)), rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(
+        attention(x), attention.c_proj(y.transpose(1, 2).reshape(3, 24, 32)), rtol=2e-2, atol=2e-2
+    )

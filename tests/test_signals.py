@@ -6,9 +6,9 @@ import sys
 import time
 
 import pytest
+from conftest import TINY
 
 from support import checkpoint as ckpt
-from conftest import TINY
 from support.runlog import read_log
 
 pytestmark = pytest.mark.skipif(os.name != 'posix', reason='needs POSIX')
@@ -71,7 +71,7 @@ class Run:
 
     def runs(self, seconds):
         time.sleep(seconds)
-        os.kill(self.pid, 0) # raises if it is gone
+        os.kill(self.pid, 0)  # raises if it is gone
         return self.pid in self.project.spawner.running
 
 
@@ -90,13 +90,15 @@ def test_a_later_step_that_hangs_is_ended_by_the_second_signal_of_any_kind(proje
     run = Run(project, f'out-later-{how}', AT='8', HOW=how)
     run.until('stuck')
     os.kill(run.pid, signal.SIGTERM)
-    time.sleep(0.3) # else the system makes one of two
-    os.kill(run.pid, signal.SIGTERM) # timeout(1) sends two, and a closed terminal another
+    time.sleep(0.3)  # else the system makes one of two
+    os.kill(run.pid, signal.SIGTERM)  # timeout(1) sends two, and a closed terminal another
     os.kill(run.pid, signal.SIGHUP)
     assert run.runs(1.2)
     got, seconds = run.ends('SIGINT')
     assert got == 130 and seconds < 3
-    assert ckpt.load(str(run.folder / 'ckpt.pt'))['iter_num'] == 5 and not list(run.folder.glob('*.partial'))
+    assert ckpt.load(str(run.folder / 'ckpt.pt'))['iter_num'] == 5 and not list(
+        run.folder.glob('*.partial')
+    )
 
 
 def test_a_stop_during_an_evaluation_takes_a_few_batches(project):
@@ -105,14 +107,22 @@ def test_a_stop_during_an_evaluation_takes_a_few_batches(project):
     assert project.spawner.wait(straight.pid) == 0
     run = Run(project, 'out-eval-stopped', *flags, SLOW='0.1')
     run.until('iter 9:')
-    time.sleep(0.3) # it evaluates now, which takes 8 seconds
+    time.sleep(0.3)  # it evaluates now, which takes 8 seconds
     got, seconds = run.ends('SIGTERM')
-    assert got == 0 and seconds < 3 and 'stopped: iteration 10,' in run.text() and 'step 10' not in run.text()
+    assert (
+        got == 0
+        and seconds < 3
+        and 'stopped: iteration 10,' in run.text()
+        and 'step 10' not in run.text()
+    )
     again = Run(project, 'out-eval-stopped', *flags, '--init_from=resume')
     assert project.spawner.wait(again.pid) == 0
     a, b = (ckpt.load(str(folder / 'ckpt.pt'))['model'] for folder in (straight.folder, run.folder))
     assert all(a[name].equal(b[name]) for name in a)
-    losses = [{row['iter']: row['val_loss'] for row in read_log(folder / 'log.csv') if 'val_loss' in row} for folder in (straight.folder, run.folder)]
+    losses = [
+        {row['iter']: row['val_loss'] for row in read_log(folder / 'log.csv') if 'val_loss' in row}
+        for folder in (straight.folder, run.folder)
+    ]
     assert losses[0] == losses[1]
 
 
@@ -123,7 +133,7 @@ def test_stacks_are_printed_on_request_and_the_run_goes_on(project):
     end = time.time() + 10
     while 'in hang' not in run.text(1) and time.time() < end:
         time.sleep(0.02)
-    assert 'in hang' in run.text(1) and 'in watch' in run.text(1) # of all threads
+    assert 'in hang' in run.text(1) and 'in watch' in run.text(1)  # of all threads
     assert run.runs(0.1)
     os.kill(run.pid, signal.SIGKILL)
     project.spawner.wait(run.pid)
@@ -139,11 +149,14 @@ def test_the_time_goes_on_while_the_first_step_is_compiled(project):
     import pty
     import struct
     import termios
+
     (project.path / 'stuck.py').write_text(STUCK)
     command = [sys.executable, 'stuck.py', 'train.py', *TINY, '--out_dir=out-terminal']
     pid, terminal = pty.fork()
     if pid == 0:
-        signal.signal(signal.SIGINT, signal.SIG_DFL) # ignored where the tests run in the background
+        signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        )  # ignored where the tests run in the background
         os.chdir(project.path)
         os.environ.update(AT='1', HOW='c', OMP_NUM_THREADS='1', TERM='dumb')
         os.execv(sys.executable, command)

@@ -8,16 +8,26 @@ import pickle
 import numpy as np
 import pytest
 import torch
-
 from conftest import TINY
+
 from data import tokenizer
 from data.hub import unbroken
 from data.loader import Loader
 from data.text import prepare as text
-from data.tokenizer import byte_counts, char_meta, check_meta, from_meta, load_meta, make_meta, model_vocab_size
+from data.tokenizer import (
+    byte_counts,
+    char_meta,
+    check_meta,
+    from_meta,
+    load_meta,
+    make_meta,
+    model_vocab_size,
+)
 from data.write import write_dataset
 
-WORDS = 'the quick brown fox jumps over a lazy dog; zwölf Boxkämpfer jagen Viktor quer über den Sylter Deich 漢字\n'.split(' ')
+WORDS = 'the quick brown fox jumps over a lazy dog; zwölf Boxkämpfer jagen Viktor quer über den Sylter Deich 漢字\n'.split(
+    ' '
+)
 
 
 def story(i, length=60):
@@ -31,15 +41,21 @@ def documents(folder, split, meta=None):
     ids = np.fromfile(folder / f'{split}.bin', dtype=meta['dtype'])
     ends = np.flatnonzero(ids == from_meta(meta).eot)
     assert len(ends) and ends[-1] == len(ids) - 1
-    return [from_meta(meta).decode(part.tolist()) for part in np.split(ids, ends + 1)[:-1] for part in [part[:-1]]]
+    return [
+        from_meta(meta).decode(part.tolist())
+        for part in np.split(ids, ends + 1)[:-1]
+        for part in [part[:-1]]
+    ]
 
 
 @pytest.fixture
 def prepare(project, tmp_path):
     """Runs prepare.py on a folder of files; the folder of the dataset it wrote."""
+
     def run(*flags, dataset='mine'):
         project.run('data/text/prepare.py', f'--input={tmp_path}', f'--dataset={dataset}', *flags)
         return project.path / 'data' / dataset
+
     return run
 
 
@@ -56,6 +72,7 @@ def test_one_file_of_characters_is_what_shakespeare_char_makes_of_it(prepare, tm
 def test_every_format_gives_its_documents_and_whole_ones_are_held_out(prepare, tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
+
     stories = [story(i) for i in range(240)]
     (tmp_path / 'a.md').write_text(stories[0], encoding='utf-8')
     (tmp_path / 'sub').mkdir()
@@ -66,12 +83,14 @@ def test_every_format_gives_its_documents_and_whole_ones_are_held_out(prepare, t
     with gzip.open(tmp_path / 'd.jsonl.gz', 'wt', encoding='utf-8') as f:
         f.writelines(rows[80:160])
     pq.write_table(pa.table({'id': range(80), 'text': stories[160:]}), tmp_path / 'e.parquet')
-    (tmp_path / 'picture.png').write_bytes(b'\x89PNG\0') # not asked for
+    (tmp_path / 'picture.png').write_bytes(b'\x89PNG\0')  # not asked for
     made = prepare('--tokenizer=byte', '--val_share=0.2')
     train, val = documents(made, 'train'), documents(made, 'val')
     assert sorted(train + val) == sorted(stories) and 20 < len(val) < 80
     (tmp_path / '0.txt').write_text('one more document, before the others', encoding='utf-8')
-    assert set(documents(prepare('--tokenizer=byte', '--val_share=0.2'), 'val')) - {'one more document, before the others'} == set(val)
+    assert set(documents(prepare('--tokenizer=byte', '--val_share=0.2'), 'val')) - {
+        'one more document, before the others'
+    } == set(val)
 
 
 def test_of_few_documents_the_end_is_held_out_and_no_end_stands_at_the_cut(prepare, tmp_path):
@@ -80,7 +99,10 @@ def test_of_few_documents_the_end_is_held_out_and_no_end_stands_at_the_cut(prepa
     for name in ('char', 'byte'):
         made = prepare(f'--tokenizer={name}', '--val_share=0.25')
         tok = from_meta(load_meta(made / 'meta.pkl'))
-        ids = {split: np.fromfile(made / f'{split}.bin', np.uint16).tolist() for split in ('train', 'val')}
+        ids = {
+            split: np.fromfile(made / f'{split}.bin', np.uint16).tolist()
+            for split in ('train', 'val')
+        }
         train, val = tok.decode(ids['train']), tok.decode(ids['val'])
         whole = ''.join(story(i, 200) + '<|endoftext|>' for i in range(3))
         assert train + val == whole and train.count('<|endoftext|>') == 2
@@ -116,16 +138,20 @@ def test_endoftext_in_a_text_ends_a_document_unless_it_is_to_be_text(prepare, tm
     said = project.run(*command).stdout
     assert 'documents end at 41 <|endoftext|>' in said
     said = project.run(*command, '--endoftext_splits=False').stdout
-    ids = [i for name in ('train.bin', 'val.bin') for i in np.fromfile(made / name, np.uint16).tolist()]
+    ids = [
+        i for name in ('train.bin', 'val.bin') for i in np.fromfile(made / name, np.uint16).tolist()
+    ]
     assert '41 <|endoftext|> are text' in said
-    assert bytes(ids).count(b'<|endoftext|>') == 41 # so 256 is not among them
+    assert bytes(ids).count(b'<|endoftext|>') == 41  # so 256 is not among them
 
 
 @pytest.mark.parametrize('size', range(1, 40))
 def test_endoftext_splits_wherever_the_pieces_of_a_text_end(tmp_path, monkeypatch, size):
     monkeypatch.setattr(text, 'PIECE', size)
     documents = ['one two' * 90, 'three', 'four, five six', 'é' * 400]
-    (tmp_path / 'a.txt').write_text('<|endoftext|>\n'.join(documents) + '<|endoftext|>\n\n', encoding='utf-8')
+    (tmp_path / 'a.txt').write_text(
+        '<|endoftext|>\n'.join(documents) + '<|endoftext|>\n\n', encoding='utf-8'
+    )
     found, current = [], ''
     for part in text.read(str(tmp_path / 'a.txt'), 'text'):
         current += part.text
@@ -134,8 +160,10 @@ def test_endoftext_splits_wherever_the_pieces_of_a_text_end(tmp_path, monkeypatc
     assert found == documents and not current
 
 
-TABLE = [{'id': str(i), 'body': f'{story(i)}, "so; it goes"\tand\non', 'ask': f'who is {i}?'}
-         for i in range(60)]
+TABLE = [
+    {'id': str(i), 'body': f'{story(i)}, "so; it goes"\tand\non', 'ask': f'who is {i}?'}
+    for i in range(60)
+]
 
 
 def csv_of(delimiter):
@@ -146,13 +174,19 @@ def csv_of(delimiter):
     return out.getvalue().encode('utf-8-sig')
 
 
-@pytest.mark.parametrize('name, content', [
-    ('a.csv', csv_of(',')), ('a.csv', csv_of(';')), ('a.csv', csv_of('\t')), ('a.tsv', csv_of('\t')),
-    ('a.csv.gz', gzip.compress(csv_of(','))),
-    ('a.json', json.dumps(TABLE, indent=1).encode()),
-    ('a.json', '\n'.join(map(json.dumps, TABLE)).encode()),
-    ('a.ndjson', '\n'.join(map(json.dumps, TABLE)).encode()),
-])
+@pytest.mark.parametrize(
+    'name, content',
+    [
+        ('a.csv', csv_of(',')),
+        ('a.csv', csv_of(';')),
+        ('a.csv', csv_of('\t')),
+        ('a.tsv', csv_of('\t')),
+        ('a.csv.gz', gzip.compress(csv_of(','))),
+        ('a.json', json.dumps(TABLE, indent=1).encode()),
+        ('a.json', '\n'.join(map(json.dumps, TABLE)).encode()),
+        ('a.ndjson', '\n'.join(map(json.dumps, TABLE)).encode()),
+    ],
+)
 def test_tables_are_read_as_tables(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     parts = list(text.read(str(tmp_path / name), 'body'))
@@ -169,7 +203,10 @@ def test_prompts_in_csv_are_not_learned(prepare, tmp_path):
     made = prepare('--tokenizer=byte', '--column=body', '--prompt=ask')
     found = documents(made, 'train') + documents(made, 'val')
     assert sorted(found) == sorted(f'{row["ask"]}\n{row["body"]}' for row in TABLE)
-    ids, counts = np.fromfile(made / 'train.bin', np.uint16), np.fromfile(made / 'train.mask', np.uint8)
+    ids, counts = (
+        np.fromfile(made / 'train.bin', np.uint16),
+        np.fromfile(made / 'train.mask', np.uint8),
+    )
     assert b'who is' not in bytes(i for i in ids[counts == 1].tolist() if i < 256)
 
 
@@ -180,7 +217,14 @@ def test_settings_in_json_are_text(tmp_path):
 
 
 def chat(i):
-    turns = ['be brief', f'what is {i}?', f'{i}.<|endoftext|>', 'and more?', f'{i + 1}!', 'unanswered']
+    turns = [
+        'be brief',
+        f'what is {i}?',
+        f'{i}.<|endoftext|>',
+        'and more?',
+        f'{i + 1}!',
+        'unanswered',
+    ]
     roles = ['system', 'user', 'assistant', 'user', 'assistant', 'user']
     return [{'role': role, 'content': words} for role, words in zip(roles, turns)]
 
@@ -190,7 +234,10 @@ def test_of_conversations_the_answers_are_learned(prepare, tmp_path):
     (tmp_path / 'a.jsonl').write_text('\n'.join(rows))
     made = prepare('--tokenizer=byte')
     decode = from_meta(load_meta(made / 'meta.pkl')).decode
-    ids, counts = np.fromfile(made / 'train.bin', np.uint16), np.fromfile(made / 'train.mask', np.uint8)
+    ids, counts = (
+        np.fromfile(made / 'train.bin', np.uint16),
+        np.fromfile(made / 'train.mask', np.uint8),
+    )
     train, learned = decode(ids.tolist()), decode(ids[counts == 1].tolist())
     val = decode(np.fromfile(made / 'val.bin', np.uint16).tolist())
     whole = lambda i: f'be brief\nwhat is {i}?\n{i}.<|endoftext|>and more?\n{i + 1}!<|endoftext|>'
@@ -218,6 +265,7 @@ def test_reading_walks_over_no_text_again(tmp_path, monkeypatch):
             nonlocal looked
             looked += len(rest) - start
             return text_break.match(rest, start)
+
     text_break = text.BREAK
     monkeypatch.setattr(text, 'BREAK', Break())
     for content in ('12 34 ' * 20_000, ' ' * 100_000, '漢字' * 50_000, 'to be or not ' * 8000):
@@ -236,7 +284,11 @@ def test_pieces_of_a_long_text_give_the_same_tokens_as_the_whole(tmp_path, monke
     assert ''.join(piece.text for piece in pieces) == whole and len(pieces) > 50
     assert [piece.ends for piece in pieces] == [False] * (len(pieces) - 1) + [True]
     bpe = from_meta(make_meta('train', 600, [whole]))
-    assert np.concatenate([bpe.to_array(piece.text) for piece in pieces]).tolist() == bpe.to_array(whole).tolist() == bpe.encode(whole)
+    assert (
+        np.concatenate([bpe.to_array(piece.text) for piece in pieces]).tolist()
+        == bpe.to_array(whole).tolist()
+        == bpe.encode(whole)
+    )
 
 
 def test_a_text_without_lines_comes_in_pieces_too(tmp_path, monkeypatch):
@@ -252,43 +304,79 @@ def test_a_tokenizer_is_trained_travels_in_the_checkpoint_and_is_scored(prepare,
     made = prepare('--tokenizer=train', '--vocab_size=400', '--val_share=0.1')
     meta = load_meta(made / 'meta.pkl')
     assert meta['vocab_size'] == 400 and meta['dtype'] == 'uint16' and model_vocab_size(meta) == 448
-    assert sorted(documents(made, 'train') + documents(made, 'val')) == sorted(story(i) for i in range(120))
-    assert sum(np.array(byte_counts(meta))[np.fromfile(made / 'val.bin', dtype=np.uint16)]) == sum(len(d.encode()) for d in documents(made, 'val'))
+    assert sorted(documents(made, 'train') + documents(made, 'val')) == sorted(
+        story(i) for i in range(120)
+    )
+    assert sum(np.array(byte_counts(meta))[np.fromfile(made / 'val.bin', dtype=np.uint16)]) == sum(
+        len(d.encode()) for d in documents(made, 'val')
+    )
     project.run('train.py', 'config/train_text.py', *TINY, '--dataset=mine', '--out_dir=out-mine')
     loaded = torch.load(project.path / 'out-mine' / 'ckpt.pt', weights_only=True)
     assert loaded['meta'] == meta and loaded['model_args']['vocab_size'] == 448
     (made / 'meta.pkl').unlink()
-    assert len(project.run('sample.py', '--out_dir=out-mine', '--device=cpu', '--start=story', '--max_new_tokens=5', '--num_samples=1').stdout) > 5
+    assert (
+        len(
+            project.run(
+                'sample.py',
+                '--out_dir=out-mine',
+                '--device=cpu',
+                '--start=story',
+                '--max_new_tokens=5',
+                '--num_samples=1',
+            ).stdout
+        )
+        > 5
+    )
     (made / 'meta.pkl').write_bytes(pickle.dumps(meta))
-    assert 'bits per byte' in project.run('eval.py', '--out_dir=out-mine', '--device=cpu', '--eval_iters=2').stdout
+    assert (
+        'bits per byte'
+        in project.run('eval.py', '--out_dir=out-mine', '--device=cpu', '--eval_iters=2').stdout
+    )
 
 
 def test_a_tokenizer_json_or_a_folder_of_transformers_is_taken_as_it_is(prepare, tmp_path):
     from transformers import PreTrainedTokenizerFast
+
     texts = [story(i) for i in range(120)]
     meta = make_meta('train', 500, texts)
-    home = tmp_path / '.tokenizer' # hidden folders are not read
+    home = tmp_path / '.tokenizer'  # hidden folders are not read
     home.mkdir()
     (home / 'tokenizer.json').write_text(meta['json'], encoding='utf-8')
-    PreTrainedTokenizerFast(tokenizer_file=str(home / 'tokenizer.json'), eos_token='<|endoftext|>').save_pretrained(home / 'hub')
-    (tmp_path / 'a.jsonl').write_text('\n'.join(json.dumps({'text': t}) for t in texts), encoding='utf-8')
+    PreTrainedTokenizerFast(
+        tokenizer_file=str(home / 'tokenizer.json'), eos_token='<|endoftext|>'
+    ).save_pretrained(home / 'hub')
+    (tmp_path / 'a.jsonl').write_text(
+        '\n'.join(json.dumps({'text': t}) for t in texts), encoding='utf-8'
+    )
     for where in (home / 'tokenizer.json', home / 'hub'):
         made = prepare(f'--tokenizer={where}')
-        assert load_meta(made / 'meta.pkl')['eot'] == 0 and sorted(documents(made, 'train') + documents(made, 'val')) == sorted(texts)
+        assert load_meta(made / 'meta.pkl')['eot'] == 0 and sorted(
+            documents(made, 'train') + documents(made, 'val')
+        ) == sorted(texts)
 
 
 def test_endoftext_in_a_document_is_text_and_in_a_prompt_the_token():
     for meta in (make_meta('train', 300, ['a b c']), {'tokenizer': 'byte', 'vocab_size': 257}):
         tok = from_meta(meta)
-        assert tok.eot not in tok.to_array('a<|endoftext|>b') and tok.decode(tok.to_array('a<|endoftext|>b').tolist()) == 'a<|endoftext|>b'
+        assert (
+            tok.eot not in tok.to_array('a<|endoftext|>b')
+            and tok.decode(tok.to_array('a<|endoftext|>b').tolist()) == 'a<|endoftext|>b'
+        )
     assert from_meta(make_meta('train', 300, ['a b c'])).encode('<|endoftext|>') == [0]
 
 
 def test_more_ids_than_uint16_holds_are_recorded_and_read_as_uint32(tmp_path):
-    assert make_meta('char', characters=set(map(chr, range(0x10000, 0x10000 + 70_000))))['dtype'] == 'uint32'
+    assert (
+        make_meta('char', characters=set(map(chr, range(0x10000, 0x10000 + 70_000))))['dtype']
+        == 'uint32'
+    )
     ids = np.arange(70_000, dtype=np.uint32)
     ids.tofile(tmp_path / 'train.bin')
-    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps({'tokenizer': 'tiktoken', 'name': 'x', 'vocab_size': 70_000, 'dtype': 'uint32'}))
+    (tmp_path / 'meta.pkl').write_bytes(
+        pickle.dumps(
+            {'tokenizer': 'tiktoken', 'name': 'x', 'vocab_size': 70_000, 'dtype': 'uint32'}
+        )
+    )
     loader = Loader(str(tmp_path / 'train.bin'), 8, 4, 70_016)
     X, Y = loader.gather(np.array([69_000]))
     assert X[0].tolist() == list(range(69_000, 69_008)) and Y[0, -1] == 69_008
@@ -297,55 +385,123 @@ def test_more_ids_than_uint16_holds_are_recorded_and_read_as_uint32(tmp_path):
         Loader(str(tmp_path / 'train.bin'), 8, 4, 70_016)
 
 
-@pytest.mark.parametrize('meta', [{'tokenizer': 'json', 'vocab_size': 5}, {'tokenizer': 'word', 'vocab_size': 5}, {'tokenizer': 'byte', 'vocab_size': '5'},
-                                  {'tokenizer': 'byte', 'vocab_size': 257, 'dtype': 'int8'}])
+@pytest.mark.parametrize(
+    'meta',
+    [
+        {'tokenizer': 'json', 'vocab_size': 5},
+        {'tokenizer': 'word', 'vocab_size': 5},
+        {'tokenizer': 'byte', 'vocab_size': '5'},
+        {'tokenizer': 'byte', 'vocab_size': 257, 'dtype': 'int8'},
+    ],
+)
 def test_a_meta_that_describes_no_tokenizer_is_refused(meta):
     with pytest.raises(ValueError, match='refused'):
         check_meta(meta, 'here')
 
 
-@pytest.mark.parametrize('files, flags, message', [
-    ({}, [], 'no such file, and no text in such a folder'),
-    ({'a.txt': b''}, [], 'holds 0 characters, too few'),
-    ({'a.txt': b'caf\xe9 ' * 100}, [], 'a.txt is not UTF-8 text'),
-    ({'a.txt': b'text \0 and a zero byte ' * 100}, [], 'a.txt is binary'),
-    ({'a.jsonl': b'{"body": "hello"}\n'}, [], "a.jsonl:1 has no text 'text'; it has body"),
-    ({'a.jsonl': b'{"text": "hello"}\n{"text": 3}\n'}, [], "a.jsonl:2 has no text 'text'"),
-    ({'a.jsonl': b'{"text": null}\n'}, [], "a.jsonl:1 has no text 'text'; 'text' is NoneType"),
-    ({'a.jsonl': b'{"text": "hello"\n'}, [], 'a.jsonl:1 is not JSON'),
-    ({'a.jsonl': b'[' * 100_000}, [], 'a.jsonl:1 is not JSON'),
-    ({'a.txt': b'text ' * 100}, ['--vocab_size=500'], 'vocab_size is that of --tokenizer=train'),
-    ({'a.csv': b'id,body\n1,hello\n'}, [], "a.csv:2 has no text 'text'; it has id, body; try --column=..."),
-    ({'a.csv': b'id,text\n1,hello, you\n'}, [], 'a.csv:2 has 3 fields, its header 2'),
-    ({'a.csv': b'id,text\n1,"hello\n'}, [], 'a.csv:2 is not as a .csv should be'),
-    ({'a.json': b'[{"text": "hello"}, {"te'}, [], 'a.json is not JSON'),
-    ({'a.json': b'[{"text": "hello"}, 3]'}, [], "a.json: row 2 has no text 'text'; it has a int"),
-    ({'a.json': b'{"strict": true}'}, ['--column=body'], 'a.json is no table'),
-    ({'a.jsonl': b'{"messages": [{"role": "user", "content": "hi"}]}'}, [], 'has no answer to learn'),
-    ({'a.jsonl': b'{"messages": [{"role": "user"}]}'}, [], 'message 1 needs a role and content'),
-    ({'a.jsonl': b'{"text": "one and the same text"}\n' * 20}, [], 'two documents that begin differently'),
-    ({'a.jsonl': b'{"text": "yes", "ask": "what?"}\n' * 90}, ['--prompt=ask'], 'two documents that begin differently'),
-    ({'a.txt': b'text ' * 100}, ['--val_share=0.999999', '--tokenizer=byte'], 'val_share=0.999999 leaves nothing to train on; lower it'),
-    ({'a.txt': b'text ' * 100}, ['--val_share=1e-17', '--tokenizer=byte'], 'val_share=1e-17 holds nothing out; raise it'),
-    ({'a.jsonl': b''.join(b'{"text": "row %d"}\n' % i for i in range(200))}, ['--val_share=0.999999', '--tokenizer=byte'], 'lower it'),
-    ({'a.txt': b'text ' * 100}, ['--val_share=nan'], 'val_share takes float'),
-    ({'a.txt': b'text ' * 100}, ['--val_share=1e999'], 'val_share takes a finite number'),
-    ({'a.txt': b'text ' * 100}, ['--val_share=-0.5'], 'must be between 0 and 1'),
-    ({'a.txt': b'text ' * 100}, ['--tokenizer=train', f'--vocab_size={10**30}'], 'vocab_size takes a finite number'),
-    ({'a.parquet': b'hello'}, [], 'is no Parquet file'),
-    ({'a.txt.gz': b'hello'}, [], 'is no whole gzip file'),
-    ({'a.txt': b'text ' * 100}, ['--tokenizer=no/where'], "tokenizer='no/where' is none of 'char'"),
-    ({'a.txt': b'text ' * 100}, ['--tokenizer=train', '--vocab_size=100'], 'vocab_size=100 must be from 257'),
-    ({'a.jsonl': b'{"text": "hello"}\n'}, ['--column='], 'column must name'),
-    ({'a.txt': b'text ' * 100}, ['--val_share=0'], 'must be between 0 and 1'),
-    ({'a.txt': b'text ' * 100}, ['--dataset=../x'], 'must be the name of a folder'),
-    ({'a.txt': b'text ' * 100}, ['--hub_name=some/thing'], 'say what to read'),
-    (dict([(f'{i}.txt', b'text ' * 100) for i in range(120)] + [('z.txt', b'\xff' * 100)]), ['--tokenizer=byte'], 'z.txt is not UTF-8'),
-])
+@pytest.mark.parametrize(
+    'files, flags, message',
+    [
+        ({}, [], 'no such file, and no text in such a folder'),
+        ({'a.txt': b''}, [], 'holds 0 characters, too few'),
+        ({'a.txt': b'caf\xe9 ' * 100}, [], 'a.txt is not UTF-8 text'),
+        ({'a.txt': b'text \0 and a zero byte ' * 100}, [], 'a.txt is binary'),
+        ({'a.jsonl': b'{"body": "hello"}\n'}, [], "a.jsonl:1 has no text 'text'; it has body"),
+        ({'a.jsonl': b'{"text": "hello"}\n{"text": 3}\n'}, [], "a.jsonl:2 has no text 'text'"),
+        ({'a.jsonl': b'{"text": null}\n'}, [], "a.jsonl:1 has no text 'text'; 'text' is NoneType"),
+        ({'a.jsonl': b'{"text": "hello"\n'}, [], 'a.jsonl:1 is not JSON'),
+        ({'a.jsonl': b'[' * 100_000}, [], 'a.jsonl:1 is not JSON'),
+        (
+            {'a.txt': b'text ' * 100},
+            ['--vocab_size=500'],
+            'vocab_size is that of --tokenizer=train',
+        ),
+        (
+            {'a.csv': b'id,body\n1,hello\n'},
+            [],
+            "a.csv:2 has no text 'text'; it has id, body; try --column=...",
+        ),
+        ({'a.csv': b'id,text\n1,hello, you\n'}, [], 'a.csv:2 has 3 fields, its header 2'),
+        ({'a.csv': b'id,text\n1,"hello\n'}, [], 'a.csv:2 is not as a .csv should be'),
+        ({'a.json': b'[{"text": "hello"}, {"te'}, [], 'a.json is not JSON'),
+        (
+            {'a.json': b'[{"text": "hello"}, 3]'},
+            [],
+            "a.json: row 2 has no text 'text'; it has a int",
+        ),
+        ({'a.json': b'{"strict": true}'}, ['--column=body'], 'a.json is no table'),
+        (
+            {'a.jsonl': b'{"messages": [{"role": "user", "content": "hi"}]}'},
+            [],
+            'has no answer to learn',
+        ),
+        (
+            {'a.jsonl': b'{"messages": [{"role": "user"}]}'},
+            [],
+            'message 1 needs a role and content',
+        ),
+        (
+            {'a.jsonl': b'{"text": "one and the same text"}\n' * 20},
+            [],
+            'two documents that begin differently',
+        ),
+        (
+            {'a.jsonl': b'{"text": "yes", "ask": "what?"}\n' * 90},
+            ['--prompt=ask'],
+            'two documents that begin differently',
+        ),
+        (
+            {'a.txt': b'text ' * 100},
+            ['--val_share=0.999999', '--tokenizer=byte'],
+            'val_share=0.999999 leaves nothing to train on; lower it',
+        ),
+        (
+            {'a.txt': b'text ' * 100},
+            ['--val_share=1e-17', '--tokenizer=byte'],
+            'val_share=1e-17 holds nothing out; raise it',
+        ),
+        (
+            {'a.jsonl': b''.join(b'{"text": "row %d"}\n' % i for i in range(200))},
+            ['--val_share=0.999999', '--tokenizer=byte'],
+            'lower it',
+        ),
+        ({'a.txt': b'text ' * 100}, ['--val_share=nan'], 'val_share takes float'),
+        ({'a.txt': b'text ' * 100}, ['--val_share=1e999'], 'val_share takes a finite number'),
+        ({'a.txt': b'text ' * 100}, ['--val_share=-0.5'], 'must be between 0 and 1'),
+        (
+            {'a.txt': b'text ' * 100},
+            ['--tokenizer=train', f'--vocab_size={10**30}'],
+            'vocab_size takes a finite number',
+        ),
+        ({'a.parquet': b'hello'}, [], 'is no Parquet file'),
+        ({'a.txt.gz': b'hello'}, [], 'is no whole gzip file'),
+        (
+            {'a.txt': b'text ' * 100},
+            ['--tokenizer=no/where'],
+            "tokenizer='no/where' is none of 'char'",
+        ),
+        (
+            {'a.txt': b'text ' * 100},
+            ['--tokenizer=train', '--vocab_size=100'],
+            'vocab_size=100 must be from 257',
+        ),
+        ({'a.jsonl': b'{"text": "hello"}\n'}, ['--column='], 'column must name'),
+        ({'a.txt': b'text ' * 100}, ['--val_share=0'], 'must be between 0 and 1'),
+        ({'a.txt': b'text ' * 100}, ['--dataset=../x'], 'must be the name of a folder'),
+        ({'a.txt': b'text ' * 100}, ['--hub_name=some/thing'], 'say what to read'),
+        (
+            dict([(f'{i}.txt', b'text ' * 100) for i in range(120)] + [('z.txt', b'\xff' * 100)]),
+            ['--tokenizer=byte'],
+            'z.txt is not UTF-8',
+        ),
+    ],
+)
 def test_bad_input_is_one_line_and_leaves_nothing(project, tmp_path, files, flags, message):
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
-    assert message in project.error('data/text/prepare.py', f'--input={tmp_path}', '--dataset=bad', *flags)
+    assert message in project.error(
+        'data/text/prepare.py', f'--input={tmp_path}', '--dataset=bad', *flags
+    )
     assert not (project.path / 'data' / 'bad').exists()
 
 
@@ -361,29 +517,51 @@ def test_a_stream_that_breaks_off_is_one_line():
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(project):
-    assert 'some/thing cannot be loaded' in project.error('data/text/prepare.py', '--hub_name=some/thing', '--dataset=bad')
+    assert 'some/thing cannot be loaded' in project.error(
+        'data/text/prepare.py', '--hub_name=some/thing', '--dataset=bad'
+    )
 
 
 def test_prompts_are_read_but_not_learned(prepare, project, tmp_path):
     """From jsonl and Parquet alike: prompt, newline, response, and the response's tokens alone are targets, <|endoftext|> included."""
     import pyarrow as pa
     import pyarrow.parquet as pq
+
     rows = [dict(ask=f'What is {i} and one?', say=f'That is {i + 1}.') for i in range(80)]
     (tmp_path / 'a.jsonl').write_text('\n'.join(map(json.dumps, rows[:40])))
-    pq.write_table(pa.table({'say': [row['say'] for row in rows[40:]], 'ask': [row['ask'] for row in rows[40:]]}), tmp_path / 'b.parquet')
-    made = prepare('--tokenizer=byte', '--prompt=ask', '--column=say', '--val_share=0.2', dataset='talk')
-    assert sorted(documents(made, 'train') + documents(made, 'val')) == sorted(f'{row["ask"]}\n{row["say"]}' for row in rows)
+    pq.write_table(
+        pa.table(
+            {'say': [row['say'] for row in rows[40:]], 'ask': [row['ask'] for row in rows[40:]]}
+        ),
+        tmp_path / 'b.parquet',
+    )
+    made = prepare(
+        '--tokenizer=byte', '--prompt=ask', '--column=say', '--val_share=0.2', dataset='talk'
+    )
+    assert sorted(documents(made, 'train') + documents(made, 'val')) == sorted(
+        f'{row["ask"]}\n{row["say"]}' for row in rows
+    )
     loader = Loader(str(made / 'train.bin'), 64, 4, 257)
     X, Y = loader.gather(loader.train_starts(np.arange(50)))
     for x, y in zip(X.tolist(), Y.tolist()):
         learned = bytes(b if b >= 0 and b < 256 else 0 if b == 256 else 1 for b in y).decode()
         assert 'What' not in learned and 'and one' not in learned
-    assert 0 < loader.targets / 256 < 0.6 and 'That is' in ''.join(chr(max(0, b) % 256) for b in Y.flatten().tolist())
-    out = project.run('train.py', 'config/train_text.py', *TINY, '--dataset=talk', '--out_dir=out-talk').stdout
+    assert 0 < loader.targets / 256 < 0.6 and 'That is' in ''.join(
+        chr(max(0, b) % 256) for b in Y.flatten().tolist()
+    )
+    out = project.run(
+        'train.py', 'config/train_text.py', *TINY, '--dataset=talk', '--out_dir=out-talk'
+    ).stdout
     assert 'of them targets that count' in out
-    assert 'tokens of answers' in project.run('eval.py', '--out_dir=out-talk', '--device=cpu', '--eval_iters=2').stdout
-    prepare('--tokenizer=byte', '--column=say', dataset='talk') # the same rows without prompts
-    assert not (made / 'train.mask').exists() and not Loader(str(made / 'train.bin'), 64, 4, 257).masked
+    assert (
+        'tokens of answers'
+        in project.run('eval.py', '--out_dir=out-talk', '--device=cpu', '--eval_iters=2').stdout
+    )
+    prepare('--tokenizer=byte', '--column=say', dataset='talk')  # the same rows without prompts
+    assert (
+        not (made / 'train.mask').exists()
+        and not Loader(str(made / 'train.bin'), 64, 4, 257).masked
+    )
 
 
 def test_a_mask_of_another_length_is_refused(tmp_path):
@@ -395,32 +573,58 @@ def test_a_mask_of_another_length_is_refused(tmp_path):
 
 def test_a_run_to_be_fine_tuned_lends_its_tokenizer(project, trained, tmp_path):
     (tmp_path / 'a.txt').write_text('to be or not to be ' * 30)
-    project.run('data/text/prepare.py', f'--input={tmp_path}', '--dataset=more', '--tokenizer=out-trained')
-    project.run('train.py', *TINY[:2], '--dataset=more', '--init_from=out-trained', '--batch_size=4', '--gradient_accumulation_steps=1', '--max_iters=2',
-                '--eval_iters=2', '--out_dir=out-more')
+    project.run(
+        'data/text/prepare.py', f'--input={tmp_path}', '--dataset=more', '--tokenizer=out-trained'
+    )
+    project.run(
+        'train.py',
+        *TINY[:2],
+        '--dataset=more',
+        '--init_from=out-trained',
+        '--batch_size=4',
+        '--gradient_accumulation_steps=1',
+        '--max_iters=2',
+        '--eval_iters=2',
+        '--out_dir=out-more',
+    )
     (tmp_path / 'a.jsonl').write_text('{"text": "be", "ask": "to"}\n' * 100)
     (tmp_path / 'a.txt').unlink()
-    assert 'would have no end' in project.error('data/text/prepare.py', f'--input={tmp_path}', '--dataset=m', '--tokenizer=out-trained', '--prompt=ask')
+    assert 'would have no end' in project.error(
+        'data/text/prepare.py',
+        f'--input={tmp_path}',
+        '--dataset=m',
+        '--tokenizer=out-trained',
+        '--prompt=ask',
+    )
 
 
 def test_a_tokenizer_file_that_cuts_texts_short_is_told_not_to(tmp_path):
     from tokenizers import Tokenizer
+
     bpe = Tokenizer.from_str(make_meta('train', 300, ['to be'])['json'])
     bpe.enable_truncation(5)
     bpe.enable_padding(length=50)
     bpe.save(str(tmp_path / 'tokenizer.json'))
     meta = make_meta(str(tmp_path / 'tokenizer.json'))
-    assert from_meta(meta).decode(from_meta(meta).to_array('not to be cut' * 9).tolist()) == 'not to be cut' * 9
+    assert (
+        from_meta(meta).decode(from_meta(meta).to_array('not to be cut' * 9).tolist())
+        == 'not to be cut' * 9
+    )
 
 
 def test_half_a_character_in_json_becomes_a_replacement(tmp_path):
     (tmp_path / 'a.jsonl').write_text('{"text": "cut \\ud83d here"}\n' * 120)
-    assert {piece.text for piece in text.read(str(tmp_path / 'a.jsonl'), 'text')} == {'cut \ufffd here'}
+    assert {piece.text for piece in text.read(str(tmp_path / 'a.jsonl'), 'text')} == {
+        'cut \ufffd here'
+    }
 
 
 def test_endoftext_is_read_and_written_by_bytes_too():
     tok = from_meta({'tokenizer': 'byte', 'vocab_size': 257})
-    assert tok.encode('ä<|endoftext|>b') == [0xc3, 0xa4, 256, 98] and tok.decode([0xc3, 0xa4, 256, 98]) == 'ä<|endoftext|>b'
+    assert (
+        tok.encode('ä<|endoftext|>b') == [0xC3, 0xA4, 256, 98]
+        and tok.decode([0xC3, 0xA4, 256, 98]) == 'ä<|endoftext|>b'
+    )
 
 
 def test_endoftext_in_a_prompt_of_characters_is_the_token():
@@ -435,27 +639,44 @@ def test_endoftext_in_a_prompt_of_characters_is_the_token():
 
 def test_another_tokenizer_does_not_go_on_with_the_work_of_one(tmp_path):
     from data.write import Piece, write_documents
+
     def interrupted(n):
         yield from (Piece('a' * 2**18, 'train', True) for _ in range(30))
         raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
         write_documents(str(tmp_path), interrupted, 'one', make_meta('byte'))
     assert json.loads((tmp_path / 'progress.json').read_text())['pieces'] > 0
-    (tmp_path / 'progress.json').write_text(json.dumps({'source': 'two', 'documents': 3, 'train': 1, 'val': 1})) # as an earlier version kept it
+    (tmp_path / 'progress.json').write_text(
+        json.dumps({'source': 'two', 'documents': 3, 'train': 1, 'val': 1})
+    )  # as an earlier version kept it
     for source in ('two', 'three', 'four'):
         if source == 'four':
             (tmp_path / 'progress.json').write_text('{"sour')
-        write_documents(str(tmp_path), lambda n: (Piece('b' * 10, split, True) for split in ('train', 'val')), source, make_meta('byte'))
+        write_documents(
+            str(tmp_path),
+            lambda n: (Piece('b' * 10, split, True) for split in ('train', 'val')),
+            source,
+            make_meta('byte'),
+        )
         assert np.fromfile(tmp_path / 'train.bin', dtype=np.uint16).tolist() == [98] * 10 + [256]
 
 
 def test_texts_that_differ_in_a_few_digits_are_held_out_too():
-    pieces = (text.Part(piece, ends, 1, ends) for i in range(200) for piece, ends in ((f'what is {i}?', False), ('\nwho knows', True)))
-    held_out = [piece for piece in text.split(pieces, [(20, 0)] * 100, 0.05, prompts=True) if piece.split == 'val']
+    pieces = (
+        text.Part(piece, ends, 1, ends)
+        for i in range(200)
+        for piece, ends in ((f'what is {i}?', False), ('\nwho knows', True))
+    )
+    held_out = [
+        piece
+        for piece in text.split(pieces, [(20, 0)] * 100, 0.05, prompts=True)
+        if piece.split == 'val'
+    ]
     assert 4 <= len(held_out) <= 40
 
 
 def test_hidden_files_are_not_read(tmp_path):
     (tmp_path / 'a.txt').write_text('to be')
-    (tmp_path / '.#b.txt').symlink_to('nobody@nowhere.1') # as Emacs locks a file
+    (tmp_path / '.#b.txt').symlink_to('nobody@nowhere.1')  # as Emacs locks a file
     assert text.find_files(str(tmp_path)) == [str(tmp_path / 'a.txt')]

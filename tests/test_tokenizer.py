@@ -10,15 +10,19 @@ import tiktoken
 
 from data import tokenizer
 from data.tokenizer import char_meta, from_meta, load_meta
-from support.files import write_whole
 from data.write import Piece, to_uint16, write_dataset, write_documents
+from support.files import write_whole
 
 
 @pytest.fixture
 def fake_bpe(monkeypatch):
     """An encoding with one token a byte, in place of GPT-2's, which would have to be downloaded."""
-    bpe = tiktoken.Encoding('bytes', pat_str='[\\s\\S]', mergeable_ranks={bytes([i]): i for i in range(256)},
-                            special_tokens={'<|endoftext|>': 256})
+    bpe = tiktoken.Encoding(
+        'bytes',
+        pat_str='[\\s\\S]',
+        mergeable_ranks={bytes([i]): i for i in range(256)},
+        special_tokens={'<|endoftext|>': 256},
+    )
     monkeypatch.setattr(tokenizer, 'gpt2_encoding', lambda: bpe)
     return bpe
 
@@ -43,14 +47,24 @@ def test_a_meta_file_that_names_a_function_is_refused_not_executed(tmp_path):
     class Evil:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / 'executed'),)
+
     (tmp_path / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': 1, 'stoi': Evil(), 'itos': {}}))
     with pytest.raises(ValueError, match='refused: it names .*mkdir'):
         load_meta(tmp_path / 'meta.pkl')
     assert not (tmp_path / 'executed').exists()
 
 
-@pytest.mark.parametrize('content', [b'', b'garbage', pickle.dumps(char_meta('abc'))[:-9], pickle.dumps([1, 2]), pickle.dumps({'stoi': {}}),
-                                     pickle.dumps({'vocab_size': 3, 'stoi': {'a': 0}, 'itos': {0: 'a'}})])
+@pytest.mark.parametrize(
+    'content',
+    [
+        b'',
+        b'garbage',
+        pickle.dumps(char_meta('abc'))[:-9],
+        pickle.dumps([1, 2]),
+        pickle.dumps({'stoi': {}}),
+        pickle.dumps({'vocab_size': 3, 'stoi': {'a': 0}, 'itos': {0: 'a'}}),
+    ],
+)
 def test_a_damaged_meta_file_is_refused(tmp_path, content):
     (tmp_path / 'meta.pkl').write_bytes(content)
     with pytest.raises(ValueError, match='meta.pkl refused'):
@@ -59,18 +73,28 @@ def test_a_damaged_meta_file_is_refused(tmp_path, content):
 
 def test_the_space_between_a_prompt_and_its_continuation_stays():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
     bpe = Tokenizer(models.WordLevel({'\u2581hello': 0, '\u2581world': 1}))
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace() # SentencePiece's way
+    bpe.pre_tokenizer, bpe.decoder = (
+        pre_tokenizers.Metaspace(),
+        decoders.Metaspace(),
+    )  # SentencePiece's way
     words = from_meta({'tokenizer': 'json', 'json': bpe.to_str(), 'vocab_size': 2, 'eot': None})
     assert words.decode([1]) == 'world' and tokenizer.continuation(words, [0], [1]) == ' world'
-    assert tokenizer.continuation(words, [0] * 20, []) == '' and tokenizer.continuation(words, [], [0, 1]) == 'hello world'
+    assert (
+        tokenizer.continuation(words, [0] * 20, []) == ''
+        and tokenizer.continuation(words, [], [0, 1]) == 'hello world'
+    )
 
 
 def test_bytes_of_words_in_pieces_count_the_spaces_between_them():
     from tokenizers import Tokenizer, decoders, models
+
     bpe = Tokenizer(models.WordPiece({'help': 0, '##ing': 1, '[UNK]': 2}, unk_token='[UNK]'))
     bpe.decoder = decoders.WordPiece()
-    assert tokenizer.byte_counts({'tokenizer': 'json', 'json': bpe.to_str(), 'vocab_size': 3, 'eot': None})[:2] == [5, 3]
+    assert tokenizer.byte_counts(
+        {'tokenizer': 'json', 'json': bpe.to_str(), 'vocab_size': 3, 'eot': None}
+    )[:2] == [5, 3]
 
 
 def test_a_dataset_takes_the_place_of_all_of_another(tmp_path):
@@ -94,6 +118,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     def fail(f):
         f.write(b'half')
         raise OSError('disk full')
+
     with pytest.raises(OSError):
         write_whole(path, fail)
     assert os.listdir(tmp_path) == ['train.bin'] and open(path, 'rb').read() == b'old'
@@ -112,7 +137,11 @@ DOCUMENTS = [f'document number {i} ' * (i % 5) for i in range(2500)]
 
 
 def pieces_after(n):
-    return (Piece(text, 'val' if i % 50 == 49 else 'train', ends=True) for i, text in enumerate(DOCUMENTS) if i >= n)
+    return (
+        Piece(text, 'val' if i % 50 == 49 else 'train', ends=True)
+        for i, text in enumerate(DOCUMENTS)
+        if i >= n
+    )
 
 
 def test_documents_end_with_endoftext_and_every_nth_is_held_out(tmp_path, fake_bpe):
@@ -124,12 +153,14 @@ def test_documents_end_with_endoftext_and_every_nth_is_held_out(tmp_path, fake_b
 
 
 def test_interrupted_tokenizing_goes_on_to_the_same_files(tmp_path, fake_bpe, monkeypatch):
-    monkeypatch.setattr(os, 'cpu_count', lambda: 0) # nothing waits
+    monkeypatch.setattr(os, 'cpu_count', lambda: 0)  # nothing waits
+
     def interrupted(n):
         for i, piece in enumerate(pieces_after(n)):
             if i == 1100:
                 raise KeyboardInterrupt
             yield piece
+
     (tmp_path / 'a').mkdir(), (tmp_path / 'b').mkdir()
     monkeypatch.setattr('data.write.ThreadPoolExecutor', lambda n: ThreadPoolExecutor(2))
     write_documents(str(tmp_path / 'a'), pieces_after, 'here')
@@ -138,24 +169,38 @@ def test_interrupted_tokenizing_goes_on_to_the_same_files(tmp_path, fake_bpe, mo
         try:
             write_documents(str(tmp_path / 'b'), lambda n: asked.append(n) or source(n), 'here')
         except KeyboardInterrupt:
-            assert json.loads((tmp_path / 'b' / 'progress.json').read_text())['pieces'] == asked[-1] + 1000
+            assert (
+                json.loads((tmp_path / 'b' / 'progress.json').read_text())['pieces']
+                == asked[-1] + 1000
+            )
             with open(tmp_path / 'b' / 'train.bin.partial', 'ab') as f:
-                f.write(b'half a batch') # what a kill between two notes in the journal leaves behind
+                f.write(
+                    b'half a batch'
+                )  # what a kill between two notes in the journal leaves behind
     assert asked == [0, 1000, 2000]
     for split in ('train', 'val'):
-        assert (tmp_path / 'a' / f'{split}.bin').read_bytes() == (tmp_path / 'b' / f'{split}.bin').read_bytes()
+        assert (tmp_path / 'a' / f'{split}.bin').read_bytes() == (
+            tmp_path / 'b' / f'{split}.bin'
+        ).read_bytes()
 
 
 def test_too_few_documents_to_hold_one_out_is_said_and_leaves_nothing(tmp_path, fake_bpe):
     with pytest.raises(ValueError, match='too few of them'):
-        write_documents(str(tmp_path), lambda n: iter([Piece('a', 'train', True)]), 'here', few='too few of them')
+        write_documents(
+            str(tmp_path),
+            lambda n: iter([Piece('a', 'train', True)]),
+            'here',
+            few='too few of them',
+        )
     assert not os.listdir(tmp_path)
 
 
 def test_gpt2_bpe_has_its_known_ids():
     cache = os.path.join(os.path.dirname(tokenizer.__file__), '.cache', 'gpt2', 'vocab.bpe')
     if not os.path.exists(cache):
-        pytest.skip('GPT-2 vocabulary not on this machine; python data/shakespeare/prepare.py fetches it')
+        pytest.skip(
+            'GPT-2 vocabulary not on this machine; python data/shakespeare/prepare.py fetches it'
+        )
     tok = from_meta(tokenizer.GPT2)
     assert tok.encode('Hello world') == [15496, 995] and tok.encode('<|endoftext|>') == [50256]
     assert tok.vocab_size == 50257 and tok.decode(tok.encode('naïve 漢字')) == 'naïve 漢字'

@@ -15,13 +15,15 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
 
 from configurator import configure
 
-num_examples = 2000000 # lines, train and val together
-seed = 1337 # the same seed gives the same files
-max_operations = 2 # operations in an expression at most, 1 or 2
-max_digits = 3 # digits before the point at most, 1 to 6
-max_places = 4 # digits after it at most, 0 to 4; three in five numbers are integers
-operators = '++--*/' # each as often as it stands here: sums are what a small model can learn
-reverse_answer = False # True: answers from their last digit to their first, as one computes them on paper
+num_examples = 2000000  # lines, train and val together
+seed = 1337  # the same seed gives the same files
+max_operations = 2  # operations in an expression at most, 1 or 2
+max_digits = 3  # digits before the point at most, 1 to 6
+max_places = 4  # digits after it at most, 0 to 4; three in five numbers are integers
+operators = '++--*/'  # each as often as it stands here: sums are what a small model can learn
+reverse_answer = (
+    False  # True: answers from their last digit to their first, as one computes them on paper
+)
 if __name__ == '__main__':
     config, _ = configure(globals())
 
@@ -29,7 +31,7 @@ import numpy as np
 
 from data.lines import write_lines
 
-ONE = 10**4 # numbers are integers in units of the fourth decimal place
+ONE = 10**4  # numbers are integers in units of the fourth decimal place
 
 
 def numbers(rng, n):
@@ -44,7 +46,11 @@ def combine(left, op, right):
     """left op right, elementwise and exact: fractions as pairs of arrays of Python's integers, op of '+-*/'."""
     (a, b), (c, d) = left, right
     top, bottom = a * d + b * c, b * d
-    for sign, values in (('-', (a * d - b * c, b * d)), ('*', (a * c, b * d)), ('/', (a * d, b * c))):
+    for sign, values in (
+        ('-', (a * d - b * c, b * d)),
+        ('*', (a * c, b * d)),
+        ('/', (a * d, b * c)),
+    ):
         top, bottom = np.where(op == sign, values[0], top), np.where(op == sign, values[1], bottom)
     return top, bottom
 
@@ -53,15 +59,17 @@ def rounded(top, bottom):
     """top / bottom in units of the fourth decimal place, halves to the even one, as int64."""
     top, bottom = np.where(bottom < 0, -top, top) * ONE, abs(bottom)
     down, rest = top // bottom, top % bottom
-    return (down + ((2 * rest > bottom) | ((2 * rest == bottom) & (down % 2 == 1)))).astype(np.int64)
+    return (down + ((2 * rest > bottom) | ((2 * rest == bottom) & (down % 2 == 1)))).astype(
+        np.int64
+    )
 
 
 def written(values, width=11):
     """Numbers in units of the fourth decimal place as rows of bytes (n, width + 6), without zeros that say nothing."""
     powers = 10 ** np.arange(width + 3, -1, -1)
-    digits = (abs(values)[:, None] // powers % 10 + ord('0')).astype(np.uint8) # (n, width + 4)
+    digits = (abs(values)[:, None] // powers % 10 + ord('0')).astype(np.uint8)  # (n, width + 4)
     before, after = digits[:, :width], digits[:, width:]
-    before[:, :-1] *= abs(values)[:, None] >= powers[:width - 1]
+    before[:, :-1] *= abs(values)[:, None] >= powers[: width - 1]
     after *= abs(values)[:, None] % (powers[width:] * 10) > 0
     minus, point = (values < 0) * np.uint8(ord('-')), (after[:, 0] > 0) * np.uint8(ord('.'))
     return np.hstack([minus[:, None], before, point[:, None], after])
@@ -72,7 +80,9 @@ def make(rng, n):
     a, b, c = (numbers(rng, n) for _ in range(3))
     first, second = (rng.choice(list(operators), n) for _ in range(2))
     second = np.where(rng.integers(1, max_operations + 1, n) == 2, second, '')
-    binds = np.isin(first, ['+', '-']) & np.isin(second, ['*', '/']) # the second operation comes first
+    binds = np.isin(first, ['+', '-']) & np.isin(
+        second, ['*', '/']
+    )  # the second operation comes first
     x, y, z = ((v.astype(object), np.full(n, ONE, dtype=object)) for v in (a, b, c))
     fill = np.where(second == '', '+', second)
     z = np.where(second == '', 0, z[0]), z[1]
@@ -83,10 +93,16 @@ def make(rng, n):
     bottom[~keep] = 1
     keep &= abs(top) <= 10**10 * abs(bottom)
     values = rounded(np.where(keep, top, 0), bottom)
-    signs = [np.where(op == '', 0, np.frombuffer(np.where(op == '', '+', op).astype('S1').tobytes(), np.uint8)).astype(np.uint8)[:, None]
-             for op in (first, second)]
+    signs = [
+        np.where(
+            op == '', 0, np.frombuffer(np.where(op == '', '+', op).astype('S1').tobytes(), np.uint8)
+        ).astype(np.uint8)[:, None]
+        for op in (first, second)
+    ]
     last = written(c, 6) * (second != '')[:, None]
-    return np.hstack([written(a, 6), signs[0], written(b, 6), signs[1], last])[keep], written(values)[keep][:, ::-1 if reverse_answer else 1]
+    return np.hstack([written(a, 6), signs[0], written(b, 6), signs[1], last])[keep], written(
+        values
+    )[keep][:, :: -1 if reverse_answer else 1]
 
 
 def kinds(question):
@@ -96,13 +112,18 @@ def kinds(question):
     places = max(len(number.partition('.')[2]) for number, _ in parts)
     sums = 'sums and differences' if set(operators) <= set('+- ') else 'with * or /'
     mix = f'{sums}, {"one operation" if len(parts) == 2 else "two operations"}, {"at most 2" if places <= 2 else "3 or 4"} decimals'
-    return [('operations', str(len(parts) - 1)), ('operators', operators), ('decimals', str(places)), ('mix', mix)]
+    return [
+        ('operations', str(len(parts) - 1)),
+        ('operators', operators),
+        ('decimals', str(places)),
+        ('mix', mix),
+    ]
 
 
 def answer(question):
     """The value of an expression of any length, written as in the lines; None where it has none."""
     number = r'\d+(?:\.\d+)?'
-    if not re.fullmatch(f'-?{number}([-+*/]-?{number})*', question): # eval() gets no other
+    if not re.fullmatch(f'-?{number}([-+*/]-?{number})*', question):  # eval() gets no other
         return None
     try:
         value = round(eval(re.sub(number, r'Fraction("\g<0>")', question)) * ONE)

@@ -18,17 +18,18 @@ from configurator import configure
 
 # -----------------------------------------------------------------------------
 # where the documents come from
-hub_name = 'HuggingFaceFW/fineweb-edu' # a dataset of the Hugging Face hub
-name = 'sample-10BT' # which of its parts; 'sample-100BT' is ten times that
-data_files = '' # local .parquet files to read instead, a glob
-column = 'text' # the column that holds the documents
-streaming = False # True reads from the hub as it goes, without the cache on disk
+hub_name = 'HuggingFaceFW/fineweb-edu'  # a dataset of the Hugging Face hub
+name = 'sample-10BT'  # which of its parts; 'sample-100BT' is ten times that
+data_files = ''  # local .parquet files to read instead, a glob
+column = 'text'  # the column that holds the documents
+streaming = False  # True reads from the hub as it goes, without the cache on disk
 # where they go
-output_dir = HERE # gets train.bin and val.bin
-val_every = 1000 # one document in so many is held out: 0.1%
+output_dir = HERE  # gets train.bin and val.bin
+val_every = 1000  # one document in so many is held out: 0.1%
 # -----------------------------------------------------------------------------
 
 if __name__ == '__main__':
     config, _ = configure(globals())
     from data.hub import prepare
+
     prepare(**config)

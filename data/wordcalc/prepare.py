@@ -13,8 +13,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
 
 from configurator import configure
 
-num_examples = 2000000 # lines, train and val together
-seed = 1337 # the same seed gives the same files
+num_examples = 2000000  # lines, train and val together
+seed = 1337  # the same seed gives the same files
 if __name__ == '__main__':
     configure(globals())
 
@@ -22,8 +22,10 @@ import numpy as np
 
 from data.lines import letters, write_lines
 
-ONES = ('zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen '
-        'eighteen nineteen').split()
+ONES = (
+    'zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen '
+    'eighteen nineteen'
+).split()
 TENS = '- - twenty thirty forty fifty sixty seventy eighty ninety'.split()
 OPERATORS = {'+': ' plus ', '-': ' minus ', '*': ' times ', '/': ' divided by '}
 
@@ -34,7 +36,9 @@ def in_words(number):
         return ONES[number]
     for unit, name in ((1000, 'thousand'), (100, 'hundred')):
         if number >= unit:
-            return f'{ONES[number // unit]} {name}' + (f' {in_words(number % unit)}' if number % unit else '')
+            return f'{ONES[number // unit]} {name}' + (
+                f' {in_words(number % unit)}' if number % unit else ''
+            )
     return TENS[number // 10] + (f' {ONES[number % 10]}' if number % 10 else '')
 
 
@@ -61,7 +65,7 @@ def joined_numbers(rng, n):
     size, high = rng.random(n), np.array([21, 101, 1000])
     group = (size > 0.5).astype(int) + (size > 0.9)
     whole = rng.integers(np.array([1, 21, 100])[group], high[group])
-    whole[(whole == 100) & (rng.random(n) < 0.5)] = 1000 # 'hundred' alone
+    whole[(whole == 100) & (rng.random(n) < 0.5)] = 1000  # 'hundred' alone
     minus = rng.random((n, 1)) < 0.15
     words = [letters(['negative']) * minus, JOINED_WORDS[whole]]
     return np.hstack(words), np.hstack([letters(['-']) * minus, JOINED_DIGITS[whole]])
@@ -73,7 +77,9 @@ def make(rng, n, numbers=numbers, most=2):
     columns = [numbers(rng, n)]
     for i in range(most):
         there, operator = operations > i, rng.integers(4, size=n)
-        columns.append(tuple(letters(table)[operator] * there for table in (OPERATORS.values(), OPERATORS)))
+        columns.append(
+            tuple(letters(table)[operator] * there for table in (OPERATORS.values(), OPERATORS))
+        )
         columns.append(tuple(part * there for part in numbers(rng, n)))
     return tuple(np.hstack(parts) for parts in zip(*columns))
 
@@ -108,11 +114,16 @@ def kinds(question):
     """[(column, kind)] under which eval.py counts this question."""
     words = question.split()
     operators = [i for i, word in enumerate(words) if word in ('plus', 'minus', 'times', 'divided')]
-    between = [i for i in operators if i > 0 and i - 1 not in operators and words[i - 1] != 'by'] # not a number's own minus
+    between = [
+        i for i in operators if i > 0 and i - 1 not in operators and words[i - 1] != 'by'
+    ]  # not a number's own minus
     return [('operations', str(len(between))), ('decimals', 'some' if 'point' in words else 'none')]
 
 
-WHOLE_WORDS, WHOLE_DIGITS = letters([in_words(i) for i in range(10000)]), letters([str(i) for i in range(10000)])
+WHOLE_WORDS, WHOLE_DIGITS = (
+    letters([in_words(i) for i in range(10000)]),
+    letters([str(i) for i in range(10000)]),
+)
 VALUES = {in_words(i).replace(' ', ''): str(i) for i in range(10000)} | {'hundred': '100'}
 JOINED_WORDS = letters([in_words(i).replace(' ', '') for i in range(1000)] + ['hundred'])
 JOINED_DIGITS = letters([str(i) for i in range(1000)] + ['100'])
