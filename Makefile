@@ -7,8 +7,8 @@ INPUT ?=
 CONFIG ?= $(if $(DATASET),config/train_text.py,config/train_shakespeare_char.py)
 ARGS ?=
 NGPUS ?=
+# The overlays of a recipe without a GPU, and with one. Loaded weights have sizes of their own.
 LINES = calculator reverser wordcalc
-# what a recipe takes without a GPU, and with one; with weights that are loaded come their sizes
 ifneq ($(filter $(LINES:%=train_%.py),$(notdir $(CONFIG))),)
 OVERLAY ?= config/cpu_lines.py config/modern.py
 GPU_OVERLAY ?= config/modern.py
@@ -20,62 +20,88 @@ OVERLAY ?= config/cpu.py
 endif
 
 PY = $(VENV)/bin/python
-# those of NVIDIA and AMD; a Mac takes the small size, and trains it on its CPU
-GPUS = $$($(PY) -c 'import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)')
+# At most four processes at a time: each imports torch.
+PYTEST = $(PY) -m pytest -q --numprocesses=auto --maxprocesses=4 --dist=worksteal
+# GPUs of NVIDIA and AMD. A Mac takes the small size and trains it on its CPU.
+GPUS = import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+OF_DATASET = $(if $(DATASET),'--dataset=$(DATASET)' '--out_dir=out-$(DATASET)')
+# The dataset that a recipe names. If the recipe has an error, train.py reports it.
+NAMED = import runpy, sys; print(runpy.run_path(sys.argv[1]).get("dataset", "openwebtext"))
 # config/train_NAME.py, or config/train_NAME_char.py where only that exists; - stands for _
-RECIPE = $(firstword $(wildcard config/train_$(subst -,_,$*).py config/train_$(subst -,_,$*)_char.py) config/train_$(subst -,_,$*).py)
+NAME = $(subst -,_,$*)
+RECIPES = $(wildcard config/train_$(NAME).py config/train_$(NAME)_char.py)
+RECIPE = $(firstword $(RECIPES) config/train_$(NAME).py)
 SMALL_DATASETS = shakespeare_char shakespeare $(LINES)
 
-.PHONY: help install test train clean generate-all
+.PHONY: help install lint test test-all train clean generate-all
 .DEFAULT_GOAL = help
 
 help:
-	@echo 'make train-shakespeare      install, prepare, train and sample: the whole tour, 2 minutes without a GPU'
-	@echo 'make test                   the test suite'
-	@echo 'make install                make $(VENV) with the pinned dependencies'
-	@echo 'make generate-DATASET       run data/DATASET/prepare.py:$(patsubst data/%/prepare.py, %,$(wildcard data/*/prepare.py))'
-	@echo 'make generate-all           prepare the small ones: $(SMALL_DATASETS)'
-	@echo 'make train-RECIPE           train config/train_RECIPE.py:$(patsubst config/train_%.py, %,$(wildcard config/train_*.py))'
-	@echo 'make sample-RECIPE          samples from what it trained'
-	@echo 'make eval-RECIPE            score it: loss, perplexity, exact match'
+	@echo 'make train-shakespeare      install, prepare, train and sample: 2 minutes without a GPU'
+	@echo 'make install                make $(VENV) with the tested versions of the packages'
+	@echo 'make lint                   check the code with ruff'
+	@echo 'make test                   the tests, without the slow ones'
+	@echo 'make test-all               all tests'
+	@echo 'make generate-DATASET       run data/DATASET/prepare.py; DATASET is one of'
+	@echo '                           $(patsubst data/%/prepare.py, %,$(wildcard data/*/prepare.py))'
+	@echo 'make generate-all           prepare the small datasets: $(SMALL_DATASETS)'
+	@echo 'make train-RECIPE           train config/train_RECIPE.py; RECIPE is one of'
+	@echo '                           $(patsubst config/train_%.py, %,$(wildcard config/train_*.py))'
+	@echo 'make sample-RECIPE          sample from the model that it trained'
+	@echo 'make eval-RECIPE            score that model: loss, perplexity, exact match'
 	@echo 'make train CONFIG=config/train_gpt2.py NGPUS=8 ARGS="--max_iters=10"'
-	@echo '                            any recipe; NGPUS: all that are visible, unless given'
-	@echo 'make train DATASET=notes INPUT=notes.txt    your own text, or without INPUT a dataset that is prepared'
-	@echo 'make clean                  remove $(VENV) and caches; data and trained runs (out-*) stay'
+	@echo '                            train any recipe; NGPUS is the number of GPUs, by default all'
+	@echo 'make train DATASET=notes INPUT=notes.txt'
+	@echo '                            train on your own text; without INPUT, on a prepared dataset'
+	@echo 'make clean                  remove $(VENV) and caches; data and runs (out-*) stay'
 
-# done again only when pyproject.toml has changed since
+# Installs again only after one of the two files has changed.
 install:
-	@cmp -s pyproject.toml $(VENV)/pyproject.installed || { \
-	  set -e; $(PY) -c 'import pip, sys; sys.exit(sys.version_info < (3, 10))' 2> /dev/null || $(PYTHON) -m venv --clear $(VENV); \
-	  echo 'installing into $(VENV) ...'; $(PY) -m pip install --disable-pip-version-check -e '.[test]'; \
-	  cp pyproject.toml $(VENV)/pyproject.installed; }
+	@cat pyproject.toml constraints.txt | cmp -s - $(VENV)/installed.txt || { set -e; \
+	$(PY) -c 'import pip, sys; sys.exit(sys.version_info < (3, 10))' 2> /dev/null || \
+	  $(PYTHON) -m venv --clear $(VENV); \
+	echo 'installing into $(VENV) ...'; \
+	$(PY) -m pip install --disable-pip-version-check -e '.[test]' -c constraints.txt; \
+	cat pyproject.toml constraints.txt > $(VENV)/installed.txt; }
+
+lint: install
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
 
 test: install
-	$(PY) -m pytest -q $(ARGS)
+	$(PYTEST) -m 'not slow' $(ARGS)
+
+test-all: install
+	$(PYTEST) $(ARGS)
 
 generate-all: $(addprefix generate-,$(SMALL_DATASETS))
 
 generate-shakespeare: generate-shakespeare_char # in GPT-2's BPE, and in characters
 
 generate-%: install
-	$(PY) data/$(subst -,_,$*)/prepare.py
+	$(PY) data/$(NAME)/prepare.py
 
-# without a GPU: the overlay; on one: plain python; on several: torchrun
+# Without a GPU: with the overlay. With one: plain python. With several: torchrun.
 train: install
-	@set -e; test -f '$(CONFIG)' || { echo 'error: no recipe $(CONFIG); make lists them' >&2; exit 2; }; \
-	recipe=$$(sed -n "s/^dataset *= *['\"]\([^'\"]*\).*/\1/p" '$(CONFIG)'); dataset='$(or $(DATASET),$(patsubst --dataset=%,%,$(filter --dataset=%,$(ARGS))))'; dataset=data/$${dataset:-$${recipe:-openwebtext}}; \
-	test -z '$(INPUT)' || $(PY) data/text/prepare.py --input='$(INPUT)' --dataset='$(DATASET)'; \
-	test -f "$$dataset/train.bin" -a -f "$$dataset/val.bin" -o ! -f "$$dataset/prepare.py" || $(PY) "$$dataset/prepare.py"; \
-	gpus=$(GPUS); n=$(NGPUS); n=$${n:-$$gpus}; overlay='$(GPU_OVERLAY)'; test $$gpus -gt 0 || overlay='$(OVERLAY)'; \
-	launch='$(PY)'; test $$n -le 1 || launch="$(VENV)/bin/torchrun --standalone --nproc_per_node=$$n"; \
-	set -x; $$launch train.py '$(CONFIG)' $$overlay $(if $(DATASET),'--dataset=$(DATASET)' '--out_dir=out-$(DATASET)') $(ARGS)
+	@test -f '$(CONFIG)' || { echo 'error: no recipe $(CONFIG); make lists them' >&2; exit 2; }
+	@test -z '$(INPUT)' || $(PY) data/text/prepare.py --input='$(INPUT)' --dataset='$(DATASET)'
+	@dataset='$(or $(DATASET),$(patsubst --dataset=%,%,$(filter --dataset=%,$(ARGS))))'; \
+	test -n "$$dataset" || dataset=$$($(PY) -c '$(NAMED)' '$(CONFIG)' 2> /dev/null); \
+	data="data/$$dataset"; \
+	if test -f "$$data/prepare.py" && ! test -f "$$data/train.bin" -a -f "$$data/val.bin"; then \
+	  $(PY) "$$data/prepare.py"; fi
+	@set -e; gpus=$$($(PY) -c '$(GPUS)'); n=$(or $(NGPUS),$$gpus); \
+	overlay='$(OVERLAY)'; test $$gpus -eq 0 || overlay='$(GPU_OVERLAY)'; \
+	launch='$(PY)'; \
+	test $$n -le 1 || launch="$(VENV)/bin/torchrun --standalone --nproc_per_node=$$n"; \
+	set -x; $$launch train.py '$(CONFIG)' $$overlay $(OF_DATASET) $(ARGS)
 
 train-%:
 	@test -f '$(RECIPE)' || { echo 'error: no recipe $(RECIPE); make lists them' >&2; exit 2; }
 	@$(MAKE) --no-print-directory train CONFIG=$(RECIPE)
 
 sample-%: install
-	$(PY) sample.py $(firstword $(wildcard config/sample_$(subst -,_,$*).py) $(RECIPE)) $(ARGS)
+	$(PY) sample.py $(firstword $(wildcard config/sample_$(NAME).py) $(RECIPE)) $(ARGS)
 
 eval-%: install
 	$(PY) eval.py $(RECIPE) $(ARGS)
@@ -85,5 +111,5 @@ train-shakespeare:
 	@$(MAKE) --no-print-directory sample-shakespeare ARGS=
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .hypothesis
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

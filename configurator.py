@@ -1,30 +1,30 @@
 """
-Knobs. A script states its settings as plain globals, each with a trailing comment, then calls
+Settings. A script states its settings as plain globals, each with a comment, and then calls
 
     config, given = configure(globals())
 
-and from that line on the globals hold what the command line asked for:
+which overwrites these globals with what the command line says:
 
     python train.py config/train_gpt2.py config/cpu.py --batch_size=4 --out_dir=out-try
 
 Config files (plain Python) and --name=value flags apply from left to right. The value is
-everything after the first '='. `--help` prints every knob with its comment, by section.
+everything after the first '='. `--help` prints every setting with its comment, by section.
 """
 
 import ast
 import difflib
-import json
-import linecache
 import math
 import os
 import sys
-import time
 import tokenize
 import traceback
 from typing import NamedTuple
 
-HERE = os.path.dirname(os.path.abspath(__file__))  # where config/ and data/ are
-WORDS = {  # other projects' words, and the knob that each stands for where a script has it
+from support.errors import fail, one_line_errors, prepare_output
+
+HERE = os.path.dirname(os.path.abspath(__file__))  # the folder with config/ and data/
+PLAIN = (bool, int, float, str, list, tuple, type(None))  # types of values that a setting may have
+WORDS = {  # other projects' names for our settings
     'data_dir': 'dataset',
     'resume_from': 'init_from',
     'weights_only': 'init_from',
@@ -39,113 +39,78 @@ WORDS = {  # other projects' words, and the knob that each stands for where a sc
 }
 
 
-class Knob(NamedTuple):
+class Setting(NamedTuple):
     name: str
-    types: tuple[str, ...]  # what it may hold: 'int', 'float', 'bool', 'str', 'list', 'None'
+    types: tuple[str, ...]  # the types it takes: 'int', 'float', 'bool', 'str', 'list', 'None'
     default: str  # as written in the script
     comment: str  # the comment that trails it
     section: str  # the comment line above its group
 
 
-def fail(message, code=2):
-    """Say what is wrong in one line and leave with this exit code."""
-    message = ''.join(
-        c if c.isprintable() else repr(c)[1:-1] for c in message
-    )  # whatever text was quoted in it
-    rank = f"[rank {os.environ['RANK']}] " if 'RANK' in os.environ else ''
-    print(f'{rank}error: {message}', file=sys.stderr, flush=True)
-    tell_torchrun(message)
-    raise SystemExit(code)
-
-
-def tell_torchrun(message):
-    """Under torchrun: what to show as the root cause when it sums up (the form of its own error files)."""
-    if 'TORCHELASTIC_ERROR_FILE' in os.environ:
-        with open(os.environ['TORCHELASTIC_ERROR_FILE'], 'w') as f:
-            json.dump(
-                {
-                    'message': {
-                        'message': message,
-                        'extraInfo': {'timestamp': str(int(time.time()))},
-                    }
-                },
-                f,
-            )
-
-
-def configure(ns, model=None, also=(), own=(), of_files=None, paths=()):
+def configure(ns, model=None, recipes_of=(), ignore_from_recipes=(), from_files=None, paths=()):
     """
-    Overwrite the knobs in `ns`, the calling script's globals(), from sys.argv.
+    Overwrite the settings in `ns`, the calling script's globals(), from sys.argv. A setting is a
+    global assigned above the call, of its default's type or as annotated (`stop: str | None`).
 
-    A knob is a global assigned above the call; its type is its default's, or its annotation's
-    (`stop: str | None = None`). The fields of the dataclass that `model` names ('model.py:GPTConfig')
-    are knobs too, where the script does not state its own. `also` names scripts, or such dataclasses,
-    whose knobs may stand in a config file and are passed over, so that sample.py can read a training recipe;
-    of such a recipe the knobs in `own` are passed over too, which mean something else there. The dict `of_files` is filled with
-    what files set, whatever flags say. In `paths`, names of settings, a ~ at the beginning is the home folder.
+    model: a dataclass such as 'model.py:GPTConfig', whose fields become settings too
+    recipes_of: scripts and dataclasses whose settings a config file may set without effect, so
+        that sample.py can read a training recipe
+    ignore_from_recipes: settings that keep their values in such a recipe: they differ in meaning
+    from_files: a dict that receives the values from config files, even if a flag overrides them
+    paths: settings in which a leading ~ means the home folder
 
-    Returns (config, given): all knobs as a dict, and those that a file or flag set, {name: where}, as '--name=value' or 'file:line'.
-    Every mistake of the user's ends in one line and exit code 2, here and (through
-    sys.excepthook) in the rest of the script.
+    Returns (config, given): all settings, {name: value}, and where each was set last unless it
+    has its default, {name: '--name=value' or 'file:line'}, in that order. A user's mistake prints
+    one line and exits with code 2, here and, by sys.excepthook, in the rest of the script.
     """
     sys.excepthook = one_line_errors
-    for name in ('stdout', 'stderr'):
-        if getattr(sys, name) is None:  # closed; it ends no run
-            setattr(sys, name, open(os.devnull, 'w', encoding='utf-8'))
-        if hasattr(getattr(sys, name), 'reconfigure'):
-            getattr(sys, name).reconfigure(
-                errors='replace'
-            )  # what a Windows console or a file in its encoding cannot show
-    knobs = read_knobs(ns['__file__'], ns)
-    for name, knob in read_knobs(os.path.join(HERE, model)).items() if model else ():
-        if name not in knobs:
-            knobs[name], ns[name] = knob, default_of(knob, {})
-            if ns[name] is None and 'None' not in knob.types:
-                fail(
-                    f'{name} in {model.partition(":")[0]}: its default {knob.default} must be a plain value'
-                )
-    passed_over = {}
-    for script in also:
-        for name, knob in read_knobs(os.path.join(HERE, script)).items():
-            if name not in knobs:
-                passed_over[name] = default_of(knob, passed_over)
-    if {'-h', '--help'} & set(sys.argv[1:]):
-        print_help(ns, knobs)
+    prepare_output()
+    settings = read_knobs(ns['__file__'], ns)
+    if model:
+        for name, setting in read_knobs(os.path.join(HERE, model)).items():
+            if name not in settings:
+                settings[name], ns[name] = setting, default_of(setting, {}, model)
+    others = {}  # values of the settings of other scripts
+    for script in recipes_of:
+        for name, setting in read_knobs(os.path.join(HERE, script)).items():
+            if name not in settings:
+                others[name] = default_of(setting, others)
+    if '-h' in sys.argv or '--help' in sys.argv:
+        print_help(ns, settings)
         raise SystemExit(0)
-    given, of_files = {}, {} if of_files is None else of_files
+    given = {}
     for arg in sys.argv[1:]:
         if arg.startswith('-'):
-            settings = read_flag(arg, knobs)
+            new = read_flag(arg, settings)
         else:
-            scope = {
-                **passed_over,
-                **{name: ns[name] for name in knobs},
-            }  # a file may compute from what was set before it
-            settings = run_file(arg, scope, knobs, passed_over, own)
-            passed_over = {name: scope[name] for name in passed_over}
-        for name, (value, where) in settings.items():
-            ns[name] = fit(knobs[name], value, where)
-            if name in paths and ns[name]:
-                ns[name] = os.path.expanduser(ns[name])
-            given.pop(name, None)  # so that `given` is in the order of what was set last
-            given[name] = where
-            if not arg.startswith('-'):
-                of_files[name] = ns[name]
-    return {name: ns[name] for name in knobs}, given
+            scope = {**others, **{name: ns[name] for name in settings}}
+            new = run_file(arg, scope, settings, others, ignore_from_recipes)
+            others = {name: scope.get(name) for name in others}
+        for name, (value, place) in new.items():
+            value = fit(settings[name], value, place)
+            if name in paths and value:
+                value = os.path.expanduser(value)
+            ns[name] = value
+            given.pop(name, None)  # the one set last comes last
+            given[name] = place
+            if from_files is not None and not arg.startswith('-'):
+                from_files[name] = value
+    return {name: ns[name] for name in settings}, given
 
 
 def check(config, names, least=None, above=None, below=None, most=None, choices=None):
     """
-    Raise a ValueError if one of the settings `names` (a string, separated by spaces) is out of range. None passes.
+    Raise ValueError if a setting is out of range.
 
-    least, most: bounds that are allowed; above, below: bounds that are not; choices: all that is allowed
-    An int is at most 2**31 - 1, what libraries count with, unless `most` is given.
+    names: the settings to check, a string separated by spaces; None is always in range
+    least, most: inclusive bounds; above, below: exclusive bounds; choices: the allowed values
+    An int is at most 2**31 - 1, the largest that libraries take, unless `most` is given.
     """
     for name in names.split():
         value = config[name]
-        largest = 2**31 - 1 if most is None and type(value) is int else most
         if value is None:
             continue
+        largest = 2**31 - 1 if most is None and type(value) is int else most
         if choices is not None and value not in choices:
             raise ValueError(f'{name}={value!r} is none of {", ".join(map(repr, choices))}')
         if least == 0 and value < 0:
@@ -161,263 +126,206 @@ def check(config, names, least=None, above=None, below=None, most=None, choices=
 
 
 def writable(config, *names):
-    """Refuse paths of files to write, unless empty, whose folder is not there; before minutes are spent on what goes into them."""
+    """Raise ValueError if a setting names an output file in a folder that does not exist."""
     for name in names:
-        if config[name] and (
-            os.path.isdir(config[name]) or not os.path.isdir(os.path.dirname(config[name]) or '.')
-        ):
-            raise ValueError(f'{name}={config[name]!r} must be a file in a folder that is there')
+        path = config[name]
+        if path and (os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or '.')):
+            raise ValueError(f'{name}={path!r} must be a file in a folder that is there')
 
 
+# -----------------------------------------------------------------------------
+# what a script states
 def read_knobs(path, ns=None):
     """
-    The knobs of a script, {name: Knob}, read from its text: assignments to lower-case names above its
-    call of configure(). A comment on a line of its own heads the section that follows. 'file.py:Name'
-    reads the fields of that dataclass.
+    The settings of a script, {name: Setting}, read from its source: assignments to lower-case
+    names above its call of configure(), or the fields of a dataclass ('file.py:Name'). A comment
+    on a line of its own starts a section. Without `ns`, the script's globals, only annotated
+    settings have types.
     """
-    path, _, cls = path.rpartition(':') if ':' in os.path.basename(path) else (path, '', '')
+    cls = section = ''
+    if ':' in os.path.basename(path):
+        path, _, cls = path.rpartition(':')
     with tokenize.open(path) as f:
         source = f.read()
-    with open(path, 'rb') as f:
-        comments = {
-            t.start[0]: t for t in tokenize.tokenize(f.readline) if t.type == tokenize.COMMENT
-        }
-    headings = {
-        row: t.string.strip('# -')
-        for row, t in comments.items()
-        if not t.line[: t.start[1]].strip()
-    }
-    knobs, nodes = {}, ast.parse(source).body
+    lines, nodes, row = source.split('\n'), ast.parse(source).body, 0
     if cls:
-        nodes = next(
-            node for node in nodes if isinstance(node, ast.ClassDef) and node.name == cls
-        ).body
-        headings = {0: f'{cls} in {os.path.basename(path)}'}
+        nodes = next(n for n in nodes if isinstance(n, ast.ClassDef) and n.name == cls).body
+        row, section = nodes[0].lineno - 1, f'{cls} in {os.path.basename(path)}'
+    settings = {}
     for node in nodes:
-        if any(
-            isinstance(n, ast.Call) and getattr(n.func, 'id', '') == 'configure'
-            for n in ast.walk(node)
-        ):
+        if 'configure(globals()' in ast.unparse(node):
             break
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            name = node.targets[0].id
-            kinds = (
-                (type(ns[name]).__name__.replace('NoneType', 'None').replace('tuple', 'list'),)
-                if ns
-                else ()
-            )
-        elif isinstance(node, ast.AnnAssign):
+        for line in lines[row : node.lineno - 1]:
+            if line.startswith('#'):
+                section = line.strip('# -') or section
+        row = node.end_lineno
+        if isinstance(node, ast.AnnAssign):
             name = node.target.id
-            kinds = tuple(kind.strip() for kind in ast.unparse(node.annotation).split('|'))
+            types = tuple(part.strip() for part in ast.unparse(node.annotation).split('|'))
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            name = node.targets[0].id
+            types = (type_name(ns[name]),) if ns else ()
         else:
             continue
-        if name != name.lower():
-            continue  # a constant
-        comment = (
-            comments[node.end_lineno].string.lstrip('# ') if node.end_lineno in comments else ''
-        )
-        section = next(
-            (
-                headings[row]
-                for row in sorted(headings, reverse=True)
-                if row < node.lineno and headings[row]
-            ),
-            '',
-        )
-        knobs[name] = Knob(name, kinds, ast.unparse(node.value), comment, section)
-    return knobs
+        if name == name.lower() and not isinstance(node.value, ast.Dict):
+            comment = lines[row - 1].encode()[node.end_col_offset :].decode().partition('#')[2]
+            default = ast.unparse(node.value)
+            settings[name] = Setting(name, types, default, comment.strip(), section)
+    return settings
 
 
-def default_of(knob, before):
-    """The value of a knob's default, which may reckon with knobs `before` it (5 * 8, max_iters); None where more is needed to tell."""
+def default_of(setting, earlier, model=''):
+    """
+    The value of a setting's default, which may be an expression of constants and of `earlier`
+    settings, {name: value}. If it needs more, None; an error for a field of `model`.
+    """
     try:
-        return eval(knob.default, {}, before)
+        return eval(setting.default, {}, earlier)
     except Exception:
-        return None
+        if model:
+            fail(f'{setting.name} in {model}: its default {setting.default} must be a plain value')
 
 
-def read_flag(arg, knobs):
-    """'--name=text' as {name: (value, where)}."""
-    name, equals, text = arg.lstrip('-').partition('=')
-    if name in ('config', 'override') and name not in knobs:
-        fail(
-            f'unknown flag {arg}; config files and knobs stand by themselves: '
-            'config/NAME.py --name=VALUE'
-        )
-    if name not in knobs:
-        fail(
-            f'unknown flag {arg.partition("=")[0]}{did_you_mean(name.replace("-", "_"), knobs, "--")}; --help lists all'
-        )
+def print_help(ns, settings):
+    print((ns.get('__doc__') or '').strip())
+    section = None
+    for setting in settings.values():
+        if setting.section != section:
+            section = setting.section
+            print(f'\n{section}')
+        flag = f'--{setting.name}={setting.default}'
+        print(f'  {flag:<42} {setting.comment}'.rstrip())
+
+
+# -----------------------------------------------------------------------------
+# what the user sets
+def read_flag(arg, settings):
+    """'--name=text' as {name: (value, arg)}."""
+    flag, equals, text = arg.partition('=')
+    name = flag.lstrip('-')
+    if name in ('config', 'override') and name not in settings:
+        fail(f'unknown flag {arg}; write config files and flags as: config/NAME.py --NAME=VALUE')
+    if name not in settings:
+        hint = did_you_mean(name.replace('-', '_'), settings, '--')
+        fail(f'unknown flag {flag}{hint}; --help lists all')
+    setting = settings[name]
     if not arg.startswith('--') or not equals:
-        fail(f'{arg}: write --{name}=VALUE, for instance --{name}={knobs[name].default}')
-    knob, word = knobs[name], text.strip()
-    if knob.types in (('str',), ('str', 'list')):  # lists are for config files
-        return {name: (text, arg)}
+        fail(f'{arg}: write --{name}=VALUE, for instance --{name}={setting.default}')
+    return {name: (parse(text, setting.types), arg)}
+
+
+def parse(text, types):
+    """The value of a flag's text: if a setting takes text, all but values of its other types."""
+    word = text.strip()
+    if types in (('str',), ('str', 'list')):  # lists are for config files
+        return text
     if word.lower() in ('true', 'false'):
-        value = word.lower() == 'true'
-    else:
-        try:
-            value = ast.literal_eval(word)
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            value = text
-    # where text is allowed too, only what is plainly another of the knob's types is not text
-    if 'str' in knob.types and (
-        isinstance(value, str) or type(value).__name__.replace('NoneType', 'None') not in knob.types
-    ):
-        value = text
-    return {name: (value, arg)}
+        word = word.capitalize()
+    try:
+        value = ast.literal_eval(word)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return text
+    if 'str' in types and (isinstance(value, str) or type_name(value) not in types):
+        return text
+    return value
 
 
-def run_file(path, scope, knobs, passed_over, own=()):
-    """Execute a config file over the current knob values: {name: (value, where)} for what it, or a file that it executes or imports, assigned."""
-    if not os.path.isfile(path) and os.path.isfile(os.path.join(HERE, path)):
-        path = os.path.join(HERE, path)
-    if not os.path.isfile(path):
-        folder = os.path.dirname(path) or 'config'
-        files = (
-            [os.path.join(folder, name) for name in os.listdir(folder)]
-            if os.path.isdir(folder)
-            else []
-        )
-        fail(
-            f'config file {path} not found{f"; a flag is written --{path}" if "=" in path else did_you_mean(path, files)}'
-        )
+def run_file(path, scope, settings, others, ignored=()):
+    """
+    Execute a config file in `scope`, the values of all settings so far: {name: (value,
+    'file:line')} of the settings that it sets, also by import or exec of another file. Those of
+    `others` have no effect, and those in `ignored` have none beside one of `others`.
+    """
+    path = find_file(path)
     scope.update(__file__=path, __name__='config')
     before = dict(scope)
+    tree = execute(path, scope)
+    stated, places = assigned_lines(tree), {}
+    imports = [n for n in tree.body if isinstance(n, ast.ImportFrom) or 'exec(' in ast.unparse(n)]
+    for name, value in scope.items():  # those of an imported or executed file
+        is_new = name not in before or value is not before[name]
+        if is_new and isinstance(value, PLAIN) and name not in stated:
+            places[name] = f'{path}:{imports[0].lineno if imports else 1}'
+    places |= {name: f'{path}:{line}' for name, line in stated.items() if name in scope}
+    for name, place in places.items():
+        hint = did_you_mean(name, settings)
+        known = name in settings or name in others or name.startswith('_')
+        if not known and (name in stated or hint):
+            fail(f'{place}: unknown setting {name!r}{hint} (names of your own start with _)')
+    foreign = any(name in others for name in places)
+    names = [name for name in places if name in settings and not (foreign and name in ignored)]
+    return {name: (scope[name], places[name]) for name in names}
+
+
+def assigned_lines(tree):
+    """{name: the last line that assigns it}, in the order of lines."""
+    lines = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            lines[node.id] = max(node.lineno, lines.get(node.id, 0))
+    return dict(sorted(lines.items(), key=lambda item: item[1]))
+
+
+def find_file(path):
+    """The path of a config file, from the current folder or else from this file's."""
+    for found in (path, os.path.join(HERE, path)):
+        if os.path.isfile(found):
+            return found
+    if '=' in path:
+        fail(f'config file {path} not found; a flag is written --{path}')
+    folder, files = os.path.dirname(path) or 'config', []
+    if os.path.isdir(folder):
+        files = [os.path.join(folder, name) for name in os.listdir(folder)]
+    fail(f'config file {path} not found{did_you_mean(path, files)}')
+
+
+def execute(path, scope):
+    """Execute a config file in `scope`; returns its syntax tree."""
     try:
         with tokenize.open(path) as f:
             tree = ast.parse(f.read(), path)
         exec(compile(tree, path, 'exec'), scope)
+        return tree
     except SyntaxError as e:
         fail(f'{path}:{e.lineno}: {e.msg}' if e.lineno else f'{path}: {e.msg or e}')
-    except (Exception, SystemExit) as e:  # exit() too
-        lines = [
-            row
-            for frame, row in traceback.walk_tb(e.__traceback__)
-            if frame.f_code.co_filename == path
-        ]
+    except (Exception, SystemExit) as e:
+        frames = traceback.extract_tb(e.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == path]
         fail(f'{path}:{lines[-1] if lines else "?"}: {type(e).__name__}: {e}')
-    lines = {}  # where each name was assigned last
-    for node in sorted((n for n in ast.walk(tree) if hasattr(n, 'lineno')), key=lambda n: n.lineno):
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id in scope:
-            lines[node.id] = node.lineno
-        elif (
-            isinstance(node, ast.ImportFrom)
-            or isinstance(node, ast.Call)
-            and getattr(node.func, 'id', '') == 'exec'
-        ):
-            plain = {
-                name
-                for name, value in scope.items()
-                if isinstance(value, (bool, int, float, str, list, tuple, type(None)))
-                and value is not before.get(name, before)
-            }  # new or changed, and not assigned here
-            lines = {**{name: node.lineno for name in plain & {*knobs, *passed_over}}, **lines}
-            if isinstance(
-                node, ast.Call
-            ):  # what a file that was executed misspelled; its own imports may be among the rest
-                lines.update(
-                    {
-                        name: node.lineno
-                        for name in plain - {*lines}
-                        if not name.startswith('_') and did_you_mean(name, knobs)
-                    }
-                )
-    settings = {}
-    for name, line in lines.items():
-        if name in knobs:
-            settings[name] = (scope[name], f'{path}:{line}')
-        elif not name.startswith('_') and name not in passed_over:
-            fail(
-                f'{path}:{line}: unknown knob {name!r}{did_you_mean(name, knobs)} (a helper of your own starts with _)'
-            )
-    foreign = any(name in passed_over for name in lines)
-    return {name: value for name, value in settings.items() if not (foreign and name in own)}
 
 
-def fit(knob, value, where):
-    """`value` as one of the knob's types: an int fits a float knob, 2e3 an int knob, 0 and 1 a bool knob."""
-    kind = type(value).__name__.replace('NoneType', 'None').replace('tuple', 'list')
-    if kind == 'float' and not math.isfinite(value) or kind == 'int' and abs(value) >= 2**63:
-        fail(f'{where}: {knob.name} takes a finite number below 2**63, not {value}')
-    if kind in knob.types:
+def type_name(value):
+    """The type of a value, as in annotations of settings."""
+    name = type(value).__name__
+    return {'NoneType': 'None', 'tuple': 'list'}.get(name, name)
+
+
+def fit(setting, value, place):
+    """`value` as one of the setting's types: 2e3 may become an int, 1 a float or a bool."""
+    kind, types = type_name(value), setting.types
+    limit = 2**63 if kind == 'int' else math.inf
+    if kind in ('int', 'float') and not abs(value) < limit:
+        fail(f'{place}: {setting.name} takes a finite number below 2**63, not {value}')
+    if kind in types:
         return list(value) if kind == 'list' else value
-    if kind == 'int' and 'float' in knob.types and abs(value) < 1e300:
+    if kind == 'int' and 'float' in types:
         return float(value)
-    if kind == 'float' and 'int' in knob.types and value.is_integer():
+    if kind == 'float' and 'int' in types and value.is_integer():
         return int(value)
-    if kind == 'int' and 'bool' in knob.types and value in (0, 1):
+    if kind == 'int' and 'bool' in types and value in (0, 1):
         return bool(value)
-    hint = (
-        f'; annotate it in the script, for instance {knob.name}: int | None = None'
-        if knob.types == ('None',)
-        else ''
-    )
-    fail(
-        f'{where}: {knob.name} takes {" or ".join(knob.types)}, not {value!r} (default {knob.default}){hint}'
-    )
+    message = f'{place}: {setting.name} takes {" or ".join(types)}, not {value!r}'
+    message += f' (default {setting.default})'
+    if types == ('None',):
+        message += f'; annotate it in the script, for instance {setting.name}: int | None = None'
+    fail(message)
 
 
 def did_you_mean(word, choices, prefix=''):
-    """A hint at one of `choices`: what a word or section.name of others means, or the nearest."""
-    name = word.rpartition('.')[2]
-    meant = [choice for choice in (name, WORDS.get(name)) if choice in choices]
-    near = meant or difflib.get_close_matches(word, list(choices), 1, 0.6)
+    """A hint at the one of `choices` that another project calls `word`, or at the nearest one."""
+    name = word.rpartition('.')[2]  # of section.name
+    for choice in (name, WORDS.get(name)):
+        if choice in choices:
+            return f', did you mean {prefix}{choice}?'
+    near = difflib.get_close_matches(word, list(choices), 1, 0.6)
     return f', did you mean {prefix}{near[0]}?' if near else ''
-
-
-def print_help(ns, knobs):
-    print((ns.get('__doc__') or '').strip())
-    section = None
-    for knob in knobs.values():
-        if knob.section != section:
-            section = knob.section
-            print(f'\n{section}')
-        print(f'  {"--" + knob.name + "=" + knob.default:<42} {knob.comment}'.rstrip())
-
-
-def one_line_errors(kind, error, trace):
-    """
-    sys.excepthook: an error that our own code raised on purpose, a file that cannot be opened, and a package that is missing
-    are a message to the user, one line and exit code 2; so is too little memory, exit code 1. Everything else is a bug and keeps
-    its traceback.
-    """
-    last = trace
-    while last and last.tb_next:
-        last = last.tb_next
-    path = os.path.abspath(last.tb_frame.f_code.co_filename) if last else ''
-    ours = path.startswith(HERE + os.sep) and 'site-packages' not in path
-    if (
-        issubclass(kind, (ValueError, OSError))
-        and ours
-        and linecache.getline(path, last.tb_lineno).lstrip().startswith('raise ')
-    ):
-        fail(' '.join(str(error).split()))
-    if issubclass(kind, OSError) and ours and error.filename:
-        fail(f'{error.filename}: {error.strerror}')
-    if (
-        issubclass(kind, OSError) and ours and not issubclass(kind, BrokenPipeError)
-    ):  # such as a full disk, which numpy tells without an errno
-        fail(f'{error.strerror or f"could not be written, is the disk full? {error}"}', 1)
-    if issubclass(kind, ModuleNotFoundError) and ours:
-        fail(
-            f'{os.path.basename(path)}:{last.tb_lineno} needs the package {error.name}, which {sys.executable} does not have; activate the '
-            'environment (. .venv/bin/activate) or install into this one (pip install -e .)'
-        )
-    if issubclass(kind, FloatingPointError) and ours:
-        fail(' '.join(str(error).split()), 1)
-    too_much = ("can't allocate memory", 'Storage size calculation overflowed')  # torch's own words
-    if (
-        issubclass(kind, MemoryError)
-        or kind.__name__ == 'OutOfMemoryError'
-        or any(words in str(error) for words in too_much)
-    ):
-        fail('out of memory; a smaller --batch_size or --block_size takes less', 1)
-    if issubclass(kind, BrokenPipeError):  # nobody reads on, as after | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        raise SystemExit(1)
-    if issubclass(kind, KeyboardInterrupt):
-        print('\ninterrupted', file=sys.stderr, flush=True)
-        raise SystemExit(130)
-    sys.__excepthook__(kind, error, trace)
-    tell_torchrun(f'{kind.__name__}: {error}')

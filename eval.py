@@ -33,8 +33,8 @@ dtype = 'auto'  # as in train.py; or 'float32', 'bfloat16', 'float16'
 quantize = ''  # 'int8': weights of 8 bits, as sample.py can use them on a CPU
 config, given = configure(
     globals(),
-    also=('train.py', 'model.py:GPTConfig'),
-    own=('init_from', 'eval_iters', 'batch_size', 'block_size'),
+    recipes_of=('train.py', 'model.py:GPTConfig'),
+    ignore_from_recipes=('init_from', 'eval_iters', 'batch_size', 'block_size'),
     paths=('out_dir', 'init_from', 'include_path', 'output'),
 )  # a training recipe tells out_dir and device
 

@@ -1,7 +1,8 @@
 """
-A GPT language model: blocks, forward pass, optimizer groups; what they are made of is in ops.py. With GPTConfig's defaults
-it is GPT-2, down to the parameter names: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". What
-has proved itself since is a knob each, off by default; config/modern.py turns on those that pay.
+A GPT language model: the blocks, the forward pass, the optimizer groups. With GPTConfig's defaults
+it is GPT-2, name for name: Radford et al. 2019, "Language Models are Unsupervised Multitask
+Learners". Newer ideas are options, off by default; config/modern.py turns on those that pay.
+support/cpu.py computes the same as some lines here, faster when training on a CPU.
 """
 
 import math
@@ -13,76 +14,57 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from support.cpu import Linear, alibi_bias, dropout, relu2, rms_norm, rotary_table, rotate
+from configurator import check
+from support import cpu
+from support.sizes import check_sizes
+
+recompute = partial(checkpoint, use_reentrant=False)  # activations are recomputed in backward
 
 
 @dataclass
 class GPTConfig:
-    block_size: int = 1024  # the longest context
-    vocab_size: int = 50304  # GPT-2's 50257, rounded up to a multiple of 64: faster matmuls
-    n_layer: int = 12  # blocks
+    block_size: int = 1024  # maximum context length
+    vocab_size: int = 50304  # GPT-2's 50257, padded to a multiple of 64 for speed
+    n_layer: int = 12  # number of blocks
     n_head: int = 12  # attention heads per block
-    n_embd: int = 768  # width
-    dropout: float = 0.0  # share of activations zeroed in training
-    bias: bool = (
-        True  # True: biases in Linears and LayerNorms, like GPT-2; False: a bit better and faster
-    )
-    pos: str = (
-        'learned'  # 'learned' (wpe), 'rotary' (Su et al. 2021), 'alibi' (Press et al. 2021), 'none'
-    )
+    n_embd: int = 768  # embedding width
+    dropout: float = 0.0  # probability of zeroing an activation in training
+    bias: bool = True  # biases in Linear and LayerNorm layers, as in GPT-2
+    pos: str = 'learned'  # positions: 'learned', 'rotary', 'alibi' or 'none'
     norm: str = 'layernorm'  # or 'rmsnorm', without weights (Zhang & Sennrich 2019)
     activation: str = 'gelu'  # or 'relu2' (So et al. 2021), 'swiglu' (Shazeer 2020)
     qk_norm: bool = False  # RMSNorm on queries and keys (Henry et al. 2020)
     tie_embeddings: bool = True  # one matrix for wte and lm_head (Press & Wolf 2016)
     embed_norm: bool = False  # a norm right after the embedding
-    logit_cap: float = 0.0  # bound logits by logit_cap * tanh(logits / logit_cap), 0.0: no bound
-    n_kv_head: int | None = (
-        None  # heads of keys and values, shared by groups of queries (Ainslie et al. 2023); None: n_head
-    )
-    init: str = 'gpt2'  # or 'zero_proj': what adds to the residual stream, and an untied head, start at zero, other matrices at 1 / sqrt(inputs)
-    attn_dropout: float | None = None  # dropout on attention weights, None: as dropout
-    lora_rank: int = 0  # learn nothing but corrections of this rank to the blocks' matrices (Hu et al. 2021); 0: everything is learned
+    logit_cap: float = 0.0  # bound logits to logit_cap * tanh(logits / logit_cap), 0.0: no bound
+    n_kv_head: int | None = None  # heads of keys and values (Ainslie et al. 2023), None: n_head
+    init: str = 'gpt2'  # or 'zero_proj': residual projections and an untied head start at zero
+    lora_rank: int = 0  # train only corrections of this rank (Hu et al. 2021), 0: all weights
 
     def __post_init__(self):
-        choices = {
-            'pos': ('learned', 'rotary', 'alibi', 'none'),
-            'norm': ('layernorm', 'rmsnorm'),
-            'activation': ('gelu', 'relu2', 'swiglu'),
-            'init': ('gpt2', 'zero_proj'),
-        }
-        for name, words in choices.items():
-            if getattr(self, name) not in words:
-                raise ValueError(
-                    f'{name}={getattr(self, name)!r} is none of {", ".join(map(repr, words))}'
-                )
-        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
-            if getattr(self, name) < 1:
-                raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
-            most = 10_000 if name == 'n_layer' else 2**31 - 1
-            if getattr(self, name) > most:
-                raise ValueError(f'{name}={getattr(self, name)} must be at most {most}')
-        if self.n_embd % self.n_head:
-            raise ValueError(
-                f'n_embd={self.n_embd} must be divisible by n_head={self.n_head}: '
-                f'{self.n_embd} / {self.n_head} = {self.n_embd / self.n_head:.2f}'
-            )
-        if self.lora_rank < 0:
-            raise ValueError(f'lora_rank={self.lora_rank} must not be negative')
-        if self.lora_rank > self.n_embd:
-            raise ValueError(f'lora_rank={self.lora_rank} must be at most n_embd={self.n_embd}')
-        if not 0.0 <= self.logit_cap < math.inf:
-            raise ValueError(f'logit_cap={self.logit_cap} must be a finite number of at least 0')
-        for name in ('dropout', 'attn_dropout'):
-            if getattr(self, name) is not None and not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f'{name}={getattr(self, name)} must be at least 0 and less than 1')
-        if self.n_kv_head is not None and (self.n_kv_head < 1 or self.n_head % self.n_kv_head):
-            raise ValueError(
-                f'n_head={self.n_head} must be divisible by n_kv_head={self.n_kv_head}'
-            )
-        if self.pos == 'rotary' and self.n_embd // self.n_head % 2:
-            raise ValueError(
-                f"pos='rotary' turns pairs, so n_embd / n_head = {self.n_embd // self.n_head} must be even"
-            )
+        config = vars(self)
+        check(config, 'pos', choices=('learned', 'rotary', 'alibi', 'none'))
+        check(config, 'norm', choices=('layernorm', 'rmsnorm'))
+        check(config, 'activation', choices=('gelu', 'relu2', 'swiglu'))
+        check(config, 'init', choices=('gpt2', 'zero_proj'))
+        check_sizes(config)
+
+
+class Linear(nn.Linear):
+    """nn.Linear, plus lora_b @ lora_a of rank lora_rank if that is not 0 (Hu et al. 2021)."""
+
+    def __init__(self, in_features, out_features, bias=True, lora_rank=0):
+        super().__init__(in_features, out_features, bias=bias)
+        self.lora_rank = lora_rank
+        if lora_rank:
+            self.lora_a = nn.Parameter(torch.randn(lora_rank, in_features) / in_features**0.5)
+            self.lora_b = nn.Parameter(torch.zeros(out_features, lora_rank))
+
+    def forward(self, x):
+        y = F.linear(x, self.weight, self.bias)
+        if self.lora_rank:
+            y = y + F.linear(F.linear(x, self.lora_a), self.lora_b)
+        return y
 
 
 class RMSNorm(nn.Module):
@@ -94,89 +76,99 @@ def make_norm(config):
     return RMSNorm() if config.norm == 'rmsnorm' else nn.LayerNorm(config.n_embd, bias=config.bias)
 
 
+def rms_norm(x):
+    """x divided by the root mean square of its last dimension (Zhang & Sennrich 2019)."""
+    if cpu.in_training(x):
+        return cpu.RMSNorm.apply(x)
+    return F.rms_norm(x, (x.size(-1),), eps=1e-6)
+
+
+def relu2(x):
+    """max(x, 0) squared (So et al. 2021)."""
+    if cpu.in_training(x):
+        return cpu.ReLU2.apply(x)
+    x = F.relu(x)
+    return x * x  # .square() would be float32 under CUDA's autocast
+
+
+def rotary_table(at, hs):
+    """cos and sin of the angles that rotate the pairs of a head (Su et al. 2021), (T, hs) each."""
+    inv_freq = 10000.0 ** (-torch.arange(0, hs, 2, device=at.device) / hs)
+    angles = torch.outer(at.float(), inv_freq)  # (T, hs / 2)
+    return torch.cat((angles.cos(), angles.cos()), 1), torch.cat((angles.sin(), -angles.sin()), 1)
+
+
+def rotate(x, cos, sin):
+    """Rotate the pairs (i, i + hs / 2) of x (B, nh, T, hs) by their positions."""
+    cos, sin = cos.type_as(x), sin.type_as(x)
+    if cpu.in_training(x):
+        return cpu.Rotation.apply(x, cos, sin)
+    return x * cos + x.roll(x.size(-1) // 2, -1) * sin
+
+
+def alibi(distance, n_head):
+    """What ALiBi adds to the scores of tokens at this distance (T, S), Press et al. 2021."""
+    slopes = 2.0 ** (-8.0 * torch.arange(1, n_head + 1, device=distance.device) / n_head)
+    return -slopes[:, None, None] * distance  # (nh, T, S)
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head or config.n_head
-        qkv = (self.n_head + 2 * self.n_kv_head) * (
-            config.n_embd // config.n_head
-        )  # query, key, value of all heads in one
-        self.c_attn = Linear(config.n_embd, qkv, bias=config.bias, lora_rank=config.lora_rank)
-        self.c_proj = Linear(
-            config.n_embd, config.n_embd, bias=config.bias, lora_rank=config.lora_rank
-        )
-        self.qk_norm = config.qk_norm
-        self.dropout = config.dropout
-        self.attn_dropout = config.dropout if config.attn_dropout is None else config.attn_dropout
+        self.qk_norm, self.dropout = config.qk_norm, config.dropout
+        # queries, keys and values of all heads in one matrix
+        qkv = (self.n_head + 2 * self.n_kv_head) * (config.n_embd // config.n_head)
+        lora = config.lora_rank
+        self.c_attn = Linear(config.n_embd, qkv, bias=config.bias, lora_rank=lora)
+        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias, lora_rank=lora)
 
-    def forward(self, x, table=None, attn_bias=None, extend=None):
+    def forward(self, x, table=None, attn_bias=None, update_cache=None):
         B, T, C = x.shape
-        qkv = (
-            self.c_attn(x)
-            .view(B, T, self.n_head + 2 * self.n_kv_head, C // self.n_head)
-            .transpose(1, 2)
-        )
+        qkv = self.c_attn(x).view(B, T, -1, C // self.n_head).transpose(1, 2)
         qk, v = qkv.split((self.n_head + self.n_kv_head, self.n_kv_head), dim=1)
         if table is not None:
             qk = rotate(qk, *table)
         if self.qk_norm:
             qk = rms_norm(qk).type_as(v)  # CUDA's autocast norms in float32
-        q, k = qk.split((self.n_head, self.n_kv_head), dim=1)  # each (B, nh or n_kv_head, T, hs)
-        if extend is not None:
-            k, v = extend(k, v)  # with those of the tokens before (B, n_kv_head, S, hs)
+        q, k = qk.split((self.n_head, self.n_kv_head), dim=1)  # (B, nh or n_kv_head, T, hs)
+        if update_cache is not None:
+            k, v = update_cache(k, v)  # with those of earlier tokens (B, n_kv_head, S, hs)
         if self.n_kv_head < self.n_head:
             k, v = (z.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for z in (k, v))
-        p = self.attn_dropout if self.training else 0.0
-        if (
-            extend is None
-            and x.device.type == 'cpu'
-            and (p > 0.0 or (q.dtype == torch.bfloat16 and T <= 512))
-        ):
-            # spelled out it is faster than torch's fallback for dropout, and than its flash kernel in bfloat16
-            mask = torch.full((T, T), float('-inf')).triu(1) if attn_bias is None else attn_bias
-            att = torch.softmax(
-                (q @ k.transpose(-2, -1)).float() / math.sqrt(q.size(-1)) + mask, dim=-1
-            )  # (B, nh, T, T)
-            y = dropout(att, p, self.training).type_as(v) @ v
+        p = self.dropout if self.training else 0.0
+        if update_cache is None and cpu.explicit_attention_is_faster(q, p):
+            y = cpu.attention(q, k, v, attn_bias, p)
         else:
-            causal = (
-                attn_bias is None and extend is None
-            )  # a bias holds the mask; a single new token sees all that the cache holds
-            y = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=attn_bias, dropout_p=p, is_causal=causal
-            )  # (B, nh, T, hs)
-        y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side
-        return dropout(self.c_proj(y), self.dropout, self.training)
+            # a bias includes the mask; a single new token sees everything in the cache
+            is_causal = attn_bias is None and update_cache is None
+            y = F.scaled_dot_product_attention(q, k, v, attn_bias, p, is_causal)  # (B, nh, T, hs)
+        y = y.transpose(1, 2).reshape(B, T, C)  # concatenate the heads
+        return cpu.dropout(self.c_proj(y), self.dropout, self.training)
 
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        gated = config.activation == 'swiglu'
-        hidden = (
-            8 * config.n_embd // 3 if gated else 4 * config.n_embd
-        )  # as many weights either way
-        self.c_fc = Linear(
-            config.n_embd,
-            2 * hidden if gated else hidden,
-            bias=config.bias,
-            lora_rank=config.lora_rank,
-        )
-        self.c_proj = Linear(hidden, config.n_embd, bias=config.bias, lora_rank=config.lora_rank)
         self.activation, self.dropout = config.activation, config.dropout
+        hidden = inner = 4 * config.n_embd
+        if config.activation == 'swiglu':
+            hidden = 8 * config.n_embd // 3  # the same number of weights
+            inner = 2 * hidden
+        options = dict(bias=config.bias, lora_rank=config.lora_rank)
+        self.c_fc = Linear(config.n_embd, inner, **options)
+        self.c_proj = Linear(hidden, config.n_embd, **options)
 
     def forward(self, x):
         x = self.c_fc(x)
         if self.activation == 'gelu':
-            x = F.gelu(
-                x, approximate='tanh'
-            )  # the tanh form is the one GPT-2's weights were trained with
+            x = F.gelu(x, approximate='tanh')  # GPT-2 was trained with the tanh form
         elif self.activation == 'relu2':
             x = relu2(x)
         else:
             gate, x = x.chunk(2, dim=-1)
             x = F.silu(gate) * x
-        return dropout(self.c_proj(x), self.dropout, self.training)
+        return cpu.dropout(self.c_proj(x), self.dropout, self.training)
 
 
 class Block(nn.Module):
@@ -187,8 +179,8 @@ class Block(nn.Module):
         self.ln_2 = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, table=None, attn_bias=None, extend=None):
-        x = x + self.attn(self.ln_1(x), table, attn_bias, extend)
+    def forward(self, x, table=None, attn_bias=None, update_cache=None):
+        x = x + self.attn(self.ln_1(x), table, attn_bias, update_cache)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -197,174 +189,134 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = (
-            False  # True: backward recomputes each block, less memory for a third more work
-        )
-        self.loss_chunk = 0  # positions whose logits exist at a time, 0: all
-        self.transformer = nn.ModuleDict(
-            dict(
-                wte=nn.Embedding(config.vocab_size, config.n_embd),
-                **(
-                    dict(wpe=nn.Embedding(config.block_size, config.n_embd))
-                    if config.pos == 'learned'
-                    else {}
-                ),
-                h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
-                ln_f=make_norm(config),
-            )
-        )
+        self.gradient_checkpointing = False  # True: recompute each block in backward
+        self.loss_chunk = 0  # compute the loss in chunks of this many positions, 0: all at once
+        self.transformer = nn.ModuleDict()
+        self.transformer.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        if config.pos == 'learned':
+            self.transformer.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.transformer.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
+        self.transformer.ln_f = make_norm(config)
         if config.embed_norm:
             self.transformer.ln_e = make_norm(config)
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
-            self.transformer.wte.weight = (
-                self.lm_head.weight
-            )  # one matrix, Press & Wolf 2016 (arXiv:1608.05859)
+            self.transformer.wte.weight = self.lm_head.weight
         self.apply(self._init_weights)
         for name, p in self.named_parameters():
             p.requires_grad = not config.lora_rank or 'lora_' in name
             if name.endswith(
                 'c_proj.weight'
-            ):  # what adds to the residual stream starts smaller, GPT-2 section 2.3
-                nn.init.normal_(
-                    p,
-                    mean=0.0,
-                    std=0.02 / math.sqrt(2 * config.n_layer) if config.init == 'gpt2' else 0.0,
-                )
-            elif (
-                config.init == 'zero_proj'
-                and '.h.' in name
-                and p.dim() == 2
-                and 'lora_' not in name
-            ):
-                nn.init.normal_(
-                    p, mean=0.0, std=p.size(1) ** -0.5
-                )  # keeps the variance of its input
+            ):  # residual projections start small, GPT-2 section 2.3
+                std = 0.02 / math.sqrt(2 * config.n_layer) if config.init == 'gpt2' else 0.0
+                nn.init.normal_(p, std=std)
+            elif config.init == 'zero_proj' and '.h.' in name and p.dim() == 2:
+                if 'lora_' not in name:
+                    nn.init.normal_(p, std=p.size(1) ** -0.5)  # keeps the variance of its input
         if config.init == 'zero_proj' and not config.tie_embeddings:
             nn.init.zeros_(self.lm_head.weight)
 
     def _init_weights(self, module):
         if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, mean=0.0, std=0.02)
+            nn.init.normal_(module.weight, std=0.02)
             if getattr(module, 'bias', None) is not None:
                 nn.init.zeros_(module.bias)
 
     def get_num_params(self, non_embedding=True):
-        """Number of parameters; by default without those that are only looked up: wpe, and a wte that is not also the head."""
-        looked_up = [p for name, p in self.named_parameters() if name.endswith('wpe.weight')]
-        looked_up += [] if self.config.tie_embeddings else [self.transformer.wte.weight]
-        return sum(p.numel() for p in self.parameters()) - non_embedding * sum(
-            p.numel() for p in looked_up
-        )
+        """Number of parameters; by default without those that are only looked up."""
+        count = sum(p.numel() for p in self.parameters())
+        if non_embedding and self.config.pos == 'learned':
+            count -= self.transformer.wpe.weight.numel()
+        if non_embedding and not self.config.tie_embeddings:
+            count -= self.transformer.wte.weight.numel()
+        return count
 
     def forward(self, idx, targets=None, cache=None):
         """
-        idx, targets: (B, T) int64 token ids; targets of -1 do not count. T <= block_size with learned positions.
-        cache: a KVCache (generate.py) that holds what came before idx, and idx too from now on
+        idx, targets: (B, T) int64 token ids; targets of -1 do not count
+        cache: a KV cache (generate.py) of the tokens before idx, which is extended by idx
 
-        Returns (logits, loss): with targets the logits of every position (B, T, vocab_size) and the
-        mean cross-entropy in nats (None for the logits with loss_chunk, and in compiled training); without, those of the
-        last position only (B, 1, vocab_size) and None.
+        Returns (logits, loss). With targets: the logits (B, T, vocab_size), None with loss_chunk or
+        in compiled training, and the mean cross-entropy in nats. Without: (B, 1, vocab_size), None.
         """
-        B, T = idx.shape
-        cfg, table, attn_bias = self.config, None, None
+        T, cfg = idx.size(1), self.config
         x = self.transformer.wte(idx)  # (B, T, C)
-        at = torch.arange(T, device=idx.device)
+        at, table, attn_bias = torch.arange(T, device=idx.device), None, None
         if cache is not None:
-            at, attn_bias = cache.begin(T, x.dtype)
+            at, attn_bias = cache.advance(T, x.dtype)
         if cfg.pos == 'learned':
             assert T <= cfg.block_size, f'sequence of {T} tokens, block_size is {cfg.block_size}'
-            x = x + self.transformer.wpe(
-                at if cache is None else (at - cache.pad[:, None]).clamp_min(0)
-            )
-        elif cfg.pos == 'rotary':
-            table = rotary_table(
-                at, cfg.n_embd // cfg.n_head
-            )  # left padding shifts queries and keys alike, which changes no score
+            if cache is not None:
+                at = (at - cache.pad[:, None]).clamp_min(0)
+            x = x + self.transformer.wpe(at)
+        elif cfg.pos == 'rotary':  # left padding shifts queries and keys alike
+            table = rotary_table(at, cfg.n_embd // cfg.n_head)
         elif cfg.pos == 'alibi' and cache is None:
-            attn_bias = alibi_bias(T, cfg.n_head, idx.device).to(x.dtype)[
-                None
-            ]  # of four dimensions, else torch takes its slow kernel
+            distance = at[:, None] - at  # (T, T), queries down, keys across
+            attn_bias = alibi(distance, cfg.n_head).masked_fill(distance < 0, float('-inf'))
+            attn_bias = attn_bias.to(x.dtype)[None]  # torch is slow with three dimensions
         if cfg.embed_norm:
             x = self.transformer.ln_e(x)
-        x = dropout(x, cfg.dropout, self.training)
+        x = cpu.dropout(x, cfg.dropout, self.training)
         for i, block in enumerate(self.transformer.h):
+            update_cache = partial(cache.update, i) if cache is not None else None
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(
-                    block,
-                    x,
-                    table,
-                    attn_bias,
-                    use_reentrant=False,
-                    preserve_rng_state=self.redraws(),
-                )
+                x = recompute(block, x, table, attn_bias, preserve_rng_state=cfg.dropout > 0)
             else:
-                x = block(
-                    x, table, attn_bias, partial(cache.extend, i) if cache is not None else None
-                )
+                x = block(x, table, attn_bias, update_cache)
         x = self.transformer.ln_f(x)
         if targets is None:
             return self.head(x[:, -1:]), None
-        if self.loss_chunk:  # logits in pieces that backward recomputes: less memory for one more product with the head
-            pieces = zip(
-                x.flatten(0, 1).split(self.loss_chunk), targets.flatten().split(self.loss_chunk)
-            )
-            sums = [
-                checkpoint(self.loss_sum, *piece, use_reentrant=False, preserve_rng_state=False)
-                for piece in pieces
-            ]
-            return None, sum(sums) / (targets >= 0).sum()
+        if self.loss_chunk:
+            return None, self.chunked_loss(x, targets)
         logits = self.head(x)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
         if self.training and torch.compiler.is_compiling():
-            logits = None  # compiled code would write them, and read a gradient of zeros as large
+            logits = None  # compiled code would write them and read their zero gradient
         return logits, loss
-
-    def redraws(self):
-        """Does backward draw dropout masks again?"""
-        return self.gradient_checkpointing and bool(self.config.dropout or self.config.attn_dropout)
 
     def head(self, x):
         cap, logits = self.config.logit_cap, self.lm_head(x)
         return cap * torch.tanh(logits.float() / cap) if cap else logits
 
+    def chunked_loss(self, x, targets):
+        """The loss with logits that are recomputed in backward: less memory, one more product."""
+        total = 0
+        chunks = x.flatten(0, 1).split(self.loss_chunk), targets.flatten().split(self.loss_chunk)
+        for x, y in zip(*chunks):
+            total = total + recompute(self.loss_sum, x, y, preserve_rng_state=False)
+        return total / (targets >= 0).sum()
+
     def loss_sum(self, x, targets):
         return F.cross_entropy(self.head(x), targets, ignore_index=-1, reduction='sum')
 
     def crop_block_size(self, block_size):
-        """Change the longest context the model takes, for instance of a pretrained GPT-2; learned positions can only be cut."""
+        """Set the maximum context length. Learned positions can only be cut."""
         cfg = self.config
-        assert cfg.pos != 'learned' or block_size <= cfg.block_size, (
-            f'cannot grow block_size from {cfg.block_size} to {block_size}'
-        )
+        fits = cfg.pos != 'learned' or block_size <= cfg.block_size
+        assert fits, f'cannot grow block_size from {cfg.block_size} to {block_size}'
         cfg.block_size = block_size
         if cfg.pos == 'learned':
             wpe = self.transformer.wpe.weight
-            self.transformer.wpe.weight = nn.Parameter(
-                wpe[:block_size], requires_grad=wpe.requires_grad
-            )
+            self.transformer.wpe.weight = nn.Parameter(wpe[:block_size], wpe.requires_grad)
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
-        """AdamW that decays matrices (Linear and Embedding weights) and leaves biases and norms alone."""
+        """AdamW with weight decay for matrices (Linear and Embedding), not for biases and norms."""
         params = [p for p in self.parameters() if p.requires_grad]
         groups = [
             {'params': [p for p in params if p.dim() >= 2], 'weight_decay': weight_decay},
             {'params': [p for p in params if p.dim() < 2], 'weight_decay': 0.0},
         ]
-        fused = device_type in (
-            'cuda',
-            'cpu',
-            'mps',
-        )  # one kernel for all parameters, wherever torch has it
+        fused = device_type in ('cuda', 'cpu', 'mps')  # one kernel for all parameters
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 
     def flops_per_token(self):
-        """Of a forward and a backward pass: 6N + 12LHQT, PaLM appendix B (arXiv:2204.02311)."""
+        """FLOPs of a forward and backward pass: 6N + 12LHQT, PaLM appendix B (arXiv:2204.02311)."""
         cfg = self.config
         return 6 * self.get_num_params() + 12 * cfg.n_layer * cfg.n_embd * cfg.block_size
 
     def generate(self, idx, max_new_tokens, **options):
-        """Continue each row of idx (B, T) by max_new_tokens tokens: (B, T + max_new_tokens). Options: those of stream() in generate.py."""
+        """Append max_new_tokens to each row of idx (B, T). options: of stream() in generate.py."""
         from generate import stream
 
         new = stream(self, idx.tolist(), max_new_tokens, **options)

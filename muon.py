@@ -1,5 +1,5 @@
 """
-Muon: momentum whose update is made orthogonal, for the hidden matrices; AdamW for all else.
+Muon: momentum whose update is orthogonalized, for the matrices in the blocks; AdamW for all else.
 Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/
 """
 
@@ -7,8 +7,10 @@ import torch
 import torch.distributed as dist
 
 from support.cpu import fast_dtype
+from support.distributed import as_shard, gather, local, shard_like, sharded
 
-# odd quintics that bring singular values to 1 fastest, one after the other: the Polar Express, Amsel et al. 2025, arXiv:2505.16932
+# Odd quintic polynomials that bring singular values to 1 fastest when they are applied one after
+# another: the Polar Express, Amsel et al. 2025, arXiv:2505.16932.
 QUINTICS = (
     (8.1566, -22.4833, 15.8788),
     (4.0429, -2.8089, 0.5000),
@@ -20,15 +22,16 @@ QUINTICS = (
 
 def orthogonalize(X, steps=4, dtype=None):
     """
-    The orthogonal matrices nearest to X (N, rows, cols), roughly: that many Newton-Schulz steps bring singular values over a
-    thousandth of the norm to between 0.4 and 1.6 (four steps; five, to between 0.8 and 1.2, train no better). It needs no
-    precision, so dtype None takes bfloat16 where the hardware has it, float16 on older GPUs, else float32.
+    Return roughly the nearest orthogonal matrices to X (N, rows, cols), by Newton-Schulz iteration.
+
+    Four steps bring singular values above a thousandth of the norm to between 0.4 and 1.6. Five
+    bring them to between 0.8 and 1.2 and train no better. dtype None: bfloat16 where the hardware
+    has it, float16 on older GPUs, else float32; precision does not matter here.
     """
     wide = X.size(1) <= X.size(2)
-    X = X if wide else X.mT  # the smaller side first: fewer multiplications
-    X = X / (
-        1.02 * X.flatten(1).norm(dim=1)[:, None, None] + 1e-7
-    )  # a margin for rounding, beyond 1 the first quintic explodes
+    X = X if wide else X.mT  # fewer multiplications with the smaller side first
+    # a norm above 1 would make the first quintic diverge, so leave a margin for rounding
+    X = X / (1.02 * X.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
     X = X.to(dtype or fast_dtype(X.device))
     for a, b, c in QUINTICS[:steps]:
         A = X @ X.mT
@@ -37,91 +40,82 @@ def orthogonalize(X, steps=4, dtype=None):
 
 
 def orthogonalize_together(X):
-    """orthogonalize(X), each rank doing its share of the matrices and all getting the whole."""
+    """orthogonalize(X), with the matrices divided among the ranks; each rank returns all."""
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     if world_size == 1:
         return orthogonalize(X)
-    if len(X) < world_size:  # a gather would be filled up to one a rank; zeros add nothing
-        mine = orthogonalize(X[dist.get_rank() :][:1])
-        whole = mine.new_zeros(X.shape)
-        whole[dist.get_rank() :][:1] = mine
-        dist.all_reduce(whole)
-        return whole
+    rank = dist.get_rank()
+    if len(X) < world_size:  # all_gather would need padding to one matrix per rank
+        result = torch.zeros_like(X, dtype=fast_dtype(X.device))
+        result[rank:][:1] = orthogonalize(X[rank:][:1])
+        dist.all_reduce(result)
+        return result
     share = -(-len(X) // world_size)
-    mine = orthogonalize(X[dist.get_rank() * share :][:share])
+    mine = orthogonalize(X[rank * share :][:share])
     mine = torch.cat([mine, mine.new_zeros(share - len(mine), *X.shape[1:])])
-    whole = mine.new_empty(share * world_size, *X.shape[1:])
-    getattr(dist, 'all_gather_single', dist.all_gather_into_tensor)(
-        whole, mine
-    )  # its name from torch 2.13 on
-    return whole[: len(X)]
+    result = mine.new_empty(share * world_size, *X.shape[1:])
+    # torch 2.13 renames the function
+    all_gather = getattr(dist, 'all_gather_single', dist.all_gather_into_tensor)
+    all_gather(result, mine)
+    return result[: len(X)]
 
 
 class Muon(torch.optim.AdamW):
     """
-    AdamW, but groups with muon=True take Muon's step with their own lr, momentum and weight_decay.
+    AdamW, except that groups with muon=True take Muon's step, with their own momentum.
 
-    An optimizer.found_inf of 1 (a float tensor) skips a step without waiting for the device, as in AdamW's
-    fused kernel. State per matrix: momentum_buffer. Works with DDP, and with FSDP2's sharded parameters.
-    lr and momentum may be tensors on the device, so that a CUDA graph of the step reads today's.
+    If optimizer.found_inf (a float tensor) is 1, the step changes nothing, without a device sync,
+    as in AdamW's fused kernel. The state of a matrix is its momentum_buffer. Works with DDP and
+    with FSDP2's sharded parameters. For CUDA graphs lr and momentum may be tensors on the device.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.momenta = {}  # see momentum_of()
+        self.momenta = {}  # of all matrices of a shape, see momentum_of()
 
-    def __setstate__(self, state):  # load_state_dict calls it too
-        torch.optim.Optimizer.__setstate__(
-            self, state
-        )  # AdamW's own looks for a step count in all state
+    def __setstate__(self, state):  # load_state_dict calls this too
+        # not AdamW's own, which expects a step count in the state of every parameter
+        torch.optim.Optimizer.__setstate__(self, state)
         self.momenta = {}
 
     @torch.no_grad()
     def step(self):
         groups = self.param_groups
         for group in groups:
-            by_shape = {}
-            for p in group['params'] if group.get('muon') else ():
-                if p.grad is not None:
-                    by_shape.setdefault(p.shape, []).append(p)
-            for params in by_shape.values():
-                # FSDP2's matrices are gathered for the step, so only a few at a time
-                n = dist.get_world_size() if sharded(params[0]) else len(params)
-                for i in range(0, len(params), n):
-                    self.muon_step(
-                        params[i : i + n], group['lr'], group['momentum'], group['weight_decay']
-                    )
+            if group.get('muon'):
+                for params in same_shapes(group['params']):
+                    self.muon_step(params, group['lr'], group['momentum'], group['weight_decay'])
         self.param_groups = [group for group in groups if not group.get('muon')]
         super().step()
         self.param_groups = groups
 
     def muon_step(self, params, lr, momentum, weight_decay):
-        """One step for matrices of the same shape (rows, cols), all at once. With FSDP2 a rank has `share` of their rows."""
+        """
+        One step for matrices of the same shape (rows, cols), all at once. With FSDP2 a rank holds
+        `share` of the rows.
+        """
         rows, cols = params[0].shape
         buffer = self.momentum_of(params)
         grad = torch.stack([local(p.grad) for p in params]).float()  # (N, share, cols)
         weight, bad = 1 - momentum, getattr(self, 'found_inf', None)
-        if (
-            bad is not None
-        ):  # a gradient that is not finite counts nothing in the momentum, and the step is of length 0
+        if bad is not None:  # a bad gradient leaves the momentum alone, and the step has length 0
             grad.nan_to_num_()
             weight, lr = weight * (1 - bad), lr * (1 - bad)
         buffer.lerp_(grad, weight)
         if sharded(params[0]):
-            torch._foreach_copy_(
-                [local(self.state[p]['momentum_buffer']) for p in params], list(buffer)
-            )
+            buffers = [local(self.state[p]['momentum_buffer']) for p in params]
+            torch._foreach_copy_(buffers, list(buffer))
         grad.lerp_(buffer, momentum)  # Nesterov
-        grad = gather(grad, params)  # (N, rows, cols)
-        if (
-            rows == 3 * cols
-        ):  # c_attn (without n_kv_head): queries, keys and values each by themselves
+        if sharded(params[0]):
+            grad = torch.stack([gather(as_shard(g, p)) for g, p in zip(grad, params)])
+        if rows == 3 * cols:  # c_attn: queries, keys and values are matrices of their own
             grad = grad.view(-1, cols, cols)
         update = orthogonalize_together(grad) * max(1, grad.size(1) / cols) ** 0.5
-        update = update.reshape(-1, rows, cols).to(
-            buffer.dtype, memory_format=torch.contiguous_format
-        )
-        update = scatter(update, params) * lr  # (N, share, cols)
+        update = update.reshape(-1, rows, cols)
+        update = update.to(buffer.dtype, memory_format=torch.contiguous_format)
+        if sharded(params[0]):
+            update = torch.stack([local(shard_like(u, p)) for u, p in zip(update, params)])
+        update = update * lr
         weights = [local(p) for p in params]
         if weight_decay:
             torch._foreach_mul_(weights, 1 - lr * weight_decay)
@@ -129,8 +123,8 @@ class Muon(torch.optim.AdamW):
 
     def momentum_of(self, params):
         """
-        The momentum of matrices of the same shape (N, share, cols). The state of each is a view of it, and so never copied;
-        but not with FSDP2, whose tensors have a memory each.
+        The momentum of matrices of the same shape, one tensor (N, share, cols). The state of each
+        matrix is a view of it, except with FSDP2, whose tensors own their memory.
         """
         for p in params:
             if 'momentum_buffer' not in self.state[p]:
@@ -145,58 +139,29 @@ class Muon(torch.optim.AdamW):
         return self.momenta[params[0]]
 
 
-def sharded(p):
-    """Is this parameter sharded by FSDP2?"""
-    return hasattr(p, 'full_tensor')
-
-
-def local(x):
-    """This rank's shard of x, or x itself where nothing is sharded."""
-    return x.to_local() if sharded(x) else x
-
-
-def as_shard(shard, p):
-    """This rank's shard of a tensor that is sharded as the parameter p is, or the tensor itself where nothing is sharded."""
-    if not sharded(p):
-        return shard
-    return dist.tensor.DTensor.from_local(
-        shard, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
-    )
-
-
-def gather(shards, params):
-    """The whole tensors (N, rows, cols) of shards (N, share, cols)."""
-    if not sharded(params[0]):
-        return shards
-    return torch.stack([as_shard(shard, p).full_tensor() for shard, p in zip(shards, params)])
-
-
-def scatter(whole, params):
-    """This rank's shards (N, share, cols) of whole tensors (N, rows, cols)."""
-    if not sharded(params[0]):
-        return whole
-    cut = dist.tensor.distribute_tensor
-    return torch.stack(
-        [
-            local(cut(x, p.device_mesh, p.placements, src_data_rank=None))
-            for x, p in zip(whole, params)
-        ]
-    )
+def same_shapes(params):
+    """Yield lists of parameters with gradients, each of one shape; short ones with FSDP2."""
+    by_shape = {}
+    for p in params:
+        if p.grad is not None:
+            by_shape.setdefault(p.shape, []).append(p)
+    for same in by_shape.values():
+        # FSDP2's matrices are gathered for the step, so take only a few at a time
+        n = dist.get_world_size() if sharded(same[0]) else len(same)
+        yield from (same[i : i + n] for i in range(0, len(same), n))
 
 
 def set_rates(optimizer, lr, iteration):
     """
-    Set the learning rate of every group, and Muon's momentum, which rises over the first 300 iterations as in
-    modded-nanogpt. In capturable groups they are tensors, written in place, which a CUDA graph of the step reads.
+    Set the learning rate of each group, and Muon's momentum, which rises over the first 300
+    iterations as in modded-nanogpt. In capturable groups both are tensors, written in place.
     """
     for group in optimizer.param_groups:
-        if not group['params']:
-            continue
         rates = {'lr': lr * group.get('lr_scale', 1.0)}
         if group.get('muon'):
             rates['momentum'] = min(1.0, (iteration + 1) / 300) * (0.95 - 0.85) + 0.85
         for name, rate in rates.items():
-            if not group['capturable']:
+            if not group['capturable'] or not group['params']:
                 group[name] = rate
             elif torch.is_tensor(group[name]):
                 group[name].fill_(rate)
@@ -208,59 +173,46 @@ def configure(model, rates, weight_decay, learning_rate, betas, device_type, giv
     """
     Muon for the matrices in the blocks of `model` (a GPT), AdamW for embeddings, head and vectors.
 
-    rates: {'matrix_lr', 'embed_lr', 'head_lr'}, where None takes the default. Muon's is the same for all sizes,
-    since its steps have the same norm whatever the gradient; AdamW's fall with the root of the width (nanochat).
-    They rise and fall in step with the schedule of learning_rate, which by itself is that of the vectors; a flag for it
-    (`given`, as of configurator.py) is a ValueError where there are none.
+    rates: {'matrix_lr', 'embed_lr', 'head_lr'}, None for the default. Muon's is the same for all
+    sizes, because its steps have the same norm for any gradient. AdamW's fall with the root of the
+    width (nanochat). All follow the schedule of learning_rate, which is itself the rate of the
+    vectors. Raises ValueError for a flag --learning_rate (in `given`) if there are no vectors.
     """
     width = (model.config.n_embd / 768) ** -0.5
-    matrix_lr, embed_lr, head_lr = (
-        default if rates[name] is None else rates[name]
-        for name, default in (
-            ('matrix_lr', 0.02),
-            ('embed_lr', 0.2 * width),
-            ('head_lr', 0.004 * width),
-        )
-    )
-    for name, rate in (('matrix_lr', matrix_lr), ('embed_lr', embed_lr), ('head_lr', head_lr)):
-        if rate < 0:
-            raise ValueError(f'{name}={rate} must not be negative')
-    scale = lambda lr: lr / learning_rate if learning_rate else 0.0  # of the schedule's rate
-    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    matrices = [p for name, p in params.items() if '.h.' in name and p.dim() == 2]
-    head = [p for p in params.values() if p is model.lm_head.weight]  # which may be wte too
-    embeddings = [
-        p
-        for name, p in params.items()
-        if name.endswith('wte.weight') and p is not model.lm_head.weight
-    ]
-    # at the rate of the tokens they are added to, so that neither drowns the other
-    positions = [p for name, p in params.items() if name.endswith('wpe.weight')]
-    vectors = [p for name, p in params.items() if p.dim() < 2]
-    if not vectors and not rates.get('min_lr') and given.get('learning_rate', '').startswith('--'):
+    defaults = {'matrix_lr': 0.02, 'embed_lr': 0.2 * width, 'head_lr': 0.004 * width}
+    lr = {name: defaults[name] if rates[name] is None else rates[name] for name in defaults}
+    tied = model.config.tie_embeddings
+    # positions learn at the rate of the embeddings that they are added to
+    lr['positions'] = lr['head_lr'] if tied else lr['embed_lr']
+    lr['vectors'] = learning_rate
+    groups = {name: [] for name in ('matrix_lr', 'embed_lr', 'positions', 'head_lr', 'vectors')}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            groups[group_of(name, p, head=model.lm_head.weight)].append(p)
+    flag = given.get('learning_rate', '').startswith('--')
+    if flag and not groups['vectors'] and not rates.get('min_lr'):
         raise ValueError(
-            'learning_rate is that of biases and norms beside muon, and none are trained here; set --matrix_lr, --embed_lr or --head_lr'
+            'with muon, learning_rate is the rate of biases and norms, and this model trains none; '
+            'set --matrix_lr, --embed_lr or --head_lr'
         )
-    groups = [
-        dict(
-            params=matrices,
-            muon=True,
-            momentum=0.95,
-            weight_decay=weight_decay,
-            lr_scale=scale(matrix_lr),
-        ),
-        dict(params=embeddings, weight_decay=0.0, lr_scale=scale(embed_lr)),
-        dict(
-            params=positions,
-            weight_decay=0.0,
-            lr_scale=scale(head_lr if model.config.tie_embeddings else embed_lr),
-        ),
-        dict(params=head, weight_decay=0.0, lr_scale=scale(head_lr)),
-        dict(params=vectors, weight_decay=0.0, lr_scale=1.0),
-    ]
-    return Muon(
-        [group for group in groups if group['params']],
-        lr=learning_rate,
-        betas=betas,
-        fused=device_type in ('cuda', 'cpu', 'mps'),
-    )
+    param_groups = []
+    for name, params in groups.items():
+        scale = lr[name] / learning_rate if learning_rate else 0.0
+        group = {'params': params, 'weight_decay': 0.0, 'lr_scale': scale}
+        if name == 'matrix_lr':
+            group |= {'muon': True, 'momentum': 0.95, 'weight_decay': weight_decay}
+        if params:
+            param_groups.append(group)
+    fused = device_type in ('cuda', 'cpu', 'mps')
+    return Muon(param_groups, lr=learning_rate, betas=betas, fused=fused)
+
+
+def group_of(name, p, head):
+    """The name of the rate that a parameter learns at."""
+    if p.dim() < 2:
+        return 'vectors'
+    if '.h.' in name:
+        return 'matrix_lr'
+    if p is head:  # a tied wte too
+        return 'head_lr'
+    return 'positions' if name.endswith('wpe.weight') else 'embed_lr'

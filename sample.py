@@ -41,8 +41,8 @@ quantize = ''  # 'int8': weights of 8 bits, for one text at a time on a CPU
 compile: bool | str = False  # torch.compile: half a minute's wait, then faster steps
 config, given = configure(
     globals(),
-    also=('train.py', 'model.py:GPTConfig'),  # a training recipe tells out_dir and device
-    own=('init_from', 'batch_size', 'compile', 'seed'),
+    recipes_of=('train.py', 'model.py:GPTConfig'),  # a training recipe tells out_dir and device
+    ignore_from_recipes=('init_from', 'batch_size', 'compile', 'seed'),
     paths=('out_dir', 'init_from', 'output'),
 )  # its values of these are for training
 

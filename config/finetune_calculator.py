@@ -1,6 +1,7 @@
-# Go on from a model that computes already, on other questions: its weights, a fresh optimizer, lower rates.
-#   launch     python train.py config/finetune_calculator.py, or with --init_from=out-wordcalc to see what another task helps
-#   before     python data/calculator/prepare.py --max_digits=5, or what else it is to learn; all tasks share one vocabulary
+# Fine-tune a model that computes already on other questions, at lower rates.
+#   launch     python train.py config/finetune_calculator.py
+#              --init_from=out-wordcalc starts from another task; all share one vocabulary
+#   before     python data/calculator/prepare.py --max_digits=5
 
 import os
 
@@ -13,16 +14,13 @@ dataset = 'calculator'
 mask_before_token = '='  # only the answers are learned
 mask_per_line = True
 align_to_lines = True
-gradient_accumulation_steps = int(
-    os.environ.get('WORLD_SIZE', 1)
-)  # one for each of torchrun's processes
+# one micro-batch per process
+gradient_accumulation_steps = int(os.environ.get('WORLD_SIZE', 1))
 batch_size = 24
-block_size = (
-    64  # 24 * 64 = 1536 tokens per iteration; the sizes of the network are those of the weights
-)
+block_size = 64  # 24 * 64 = 1536 tokens per iteration; the weights set the network's sizes
 
 optimizer = 'muon'
-matrix_lr = 0.005  # a quarter of its default, and the others likewise
+matrix_lr = 0.005  # a quarter of its default, like the two below
 embed_lr = 0.1
 head_lr = 0.002
 learning_rate = 5e-4

@@ -1,16 +1,19 @@
-# An overlay for config/train_gpt2.py with config/modern.py: GPT-2's size to val loss 3.28 on FineWeb, by the shortest way here.
+# An overlay for config/train_gpt2.py and config/modern.py: GPT-2's size to val loss 3.28, FineWeb.
 #   hardware   8 GPUs of 80 GB, or one
-#   expected   val loss 3.28 after about 4,600 iterations, 2.4 billion tokens (a projection, see README.md; not yet measured)
-#   launch     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py config/modern.py config/fineweb.py
-#              python train.py config/train_gpt2.py config/modern.py config/fineweb.py
-#   before     python data/fineweb/prepare.py (--hub_name=HuggingFaceFW/fineweb for the text that 3.28 is said of)
+#   expected   val loss 3.28 after about 4,600 iterations, 2.4 billion tokens
+#              (a projection, see docs/training.md; not yet measured)
+#   launch     python train.py config/train_gpt2.py config/modern.py config/fineweb.py
+#              on 8 GPUs: torchrun --standalone --nproc_per_node=8 instead of python
+#   before     python data/fineweb/prepare.py --hub_name=HuggingFaceFW/fineweb
+#              (3.28 refers to this text; without the flag it is FineWeb-Edu)
 
 out_dir = 'out-fineweb'
 wandb_project = 'fineweb'
 wandb_run_name = 'gpt2-124M-modern'
 
 dataset = 'fineweb'
-# 32 sequences * 1024 tokens * 16 micro-batches (2 on each of 8 GPUs, 16 on one) = 524,288 tokens per iteration
+# 32 sequences * 1024 tokens * 16 micro-batches = 524,288 tokens per iteration;
+# 8 GPUs take 2 micro-batches each, one GPU takes 16
 batch_size = 32  # on 40 GB: 16, and twice the micro-batches
 gradient_accumulation_steps = 16
 n_head = 6  # heads of 128

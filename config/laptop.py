@@ -1,14 +1,14 @@
-# An overlay beside cpu.py, twice its parameters: nanoGPT's figure for a GPU on two CPU cores.
+# An overlay with twice the parameters of cpu.py: nanoGPT's GPU loss on two CPU cores.
 #   launch     python train.py config/train_shakespeare_char.py config/laptop.py config/modern.py
-#   expected   val loss about 1.46 after 4 minutes, 5 on a slow one
+#   expected   val loss about 1.46 after 4 to 5 minutes
 
 import os
 
 device = 'cpu'
-dtype = 'fast'  # bfloat16 where this CPU multiplies it faster
+dtype = 'fast'  # bfloat16 on CPUs that multiply it faster
 compile = False
 
-_processes = int(os.environ.get('WORLD_SIZE', 1))  # under torchrun they share the 8 sequences
+_processes = int(os.environ.get('WORLD_SIZE', 1))  # they share the 8 sequences
 gradient_accumulation_steps = _processes
 batch_size = max(1, 8 // _processes)
 block_size = 256  # 8 * 256 = 2048 tokens per iteration
@@ -17,7 +17,7 @@ n_head = 3
 n_embd = 192  # 1.8M parameters
 dropout = 0.0
 
-max_iters = 2600  # config/modern.py makes it half of that
+max_iters = 2600  # config/modern.py halves it
 lr_decay_iters = 2600
 warmup_iters = 100
 learning_rate = 2e-3

@@ -1,7 +1,9 @@
-# An overlay, after the recipe and its size: what has proved itself since GPT-2, for any recipe that trains from scratch.
+# An overlay with what has improved on GPT-2 since, for any recipe that trains from scratch.
+# It comes after the recipe and its size.
 #   launch     python train.py config/train_shakespeare_char.py config/modern.py
-#   network    that of transformers' NanoChatForCausalLM
-#   rates      muon.py's defaults; for runs of some hundred iterations twice as high (README.md, figure E)
+#   network    the one of transformers' NanoChatForCausalLM
+#   rates      the defaults of muon.py; runs of a few hundred iterations do better
+#              with twice these rates (docs/figures.md, E)
 
 pos = 'rotary'
 norm = 'rmsnorm'
@@ -14,10 +16,10 @@ init = 'zero_proj'
 
 optimizer = 'muon'
 lr_schedule = 'trapezoid'
-decay_share = 1.0  # straight down from the first iteration (Bergsma et al. 2025)
+decay_share = 1.0  # linear decay from the first iteration (Bergsma et al. 2025)
 warmup_iters = 0
 min_lr = 0.0
 weight_decay = 0.0
 
-max_iters //= 2  # of the recipe's: it still ends lower
+max_iters //= 2  # half the recipe's, and the loss is still lower
 lr_decay_iters = max_iters

@@ -1,4 +1,4 @@
-# Expressions to compute.
+# Sample the values of expressions.
 #   launch     python sample.py config/sample_calculator.py
 #   before     python train.py config/train_calculator.py config/modern.py
 

@@ -1,4 +1,4 @@
-# Strings to reverse.
+# Sample reversed strings.
 #   launch     python sample.py config/sample_reverser.py
 #   before     python train.py config/train_reverser.py config/modern.py
 

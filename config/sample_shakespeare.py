@@ -1,6 +1,7 @@
-# Three scenes in Shakespeare's manner.
+# Sample three scenes in Shakespeare's style.
 #   launch     python sample.py config/sample_shakespeare.py
-#   before     python train.py config/train_shakespeare_char.py, with config/cpu.py config/modern.py where there is no GPU
+#   before     python train.py config/train_shakespeare_char.py
+#              (without a GPU add config/cpu.py config/modern.py)
 
 out_dir = 'out-shakespeare-char'
 start = ['ROMEO:\n', 'First Citizen:\n', 'KING RICHARD III:\n']

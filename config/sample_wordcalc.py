@@ -1,4 +1,4 @@
-# Expressions in words, to be written in digits.
+# Sample expressions in digits from expressions in words.
 #   launch     python sample.py config/sample_wordcalc.py
 #   before     python train.py config/train_wordcalc.py config/modern.py
 

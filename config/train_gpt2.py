@@ -1,7 +1,7 @@
-# GPT-2 (124M) on OpenWebText.
+# Train GPT-2 (124M) on OpenWebText.
 #   hardware   8 GPUs of 40 GB or more, one machine
 #   time       about 4 days on 8 A100s (nanoGPT's figure for the same recipe)
-#   expected   val loss 2.85, what GPT-2's own weights reach when fine-tuned on OpenWebText
+#   expected   val loss 2.85, like GPT-2's weights after fine-tuning on OpenWebText
 #   launch     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 #   before     python data/openwebtext/prepare.py
 

@@ -1,5 +1,5 @@
-# A GPT that reverses strings: hello world=dlrow olleh.
-#   hardware   one GPU; on two CPU cores add config/cpu_lines.py before config/modern.py, a minute
+# Train a GPT that reverses strings: hello world=dlrow olleh.
+#   hardware   one GPU; two CPU cores with config/cpu_lines.py before modern.py, a minute
 #   launch     python train.py config/train_reverser.py config/modern.py
 #   before     python data/reverser/prepare.py
 #   after      python eval.py --out_dir=out-reverser; python sample.py config/sample_reverser.py
@@ -14,15 +14,13 @@ dataset = 'reverser'
 mask_before_token = '='  # only the answers are learned
 mask_per_line = True
 align_to_lines = True
-_processes = int(
-    os.environ.get('WORLD_SIZE', 1)
-)  # under torchrun they share the batch of 128 sequences
+_processes = int(os.environ.get('WORLD_SIZE', 1))  # they share the 128 sequences
 gradient_accumulation_steps = _processes
 batch_size = 128 // _processes
-block_size = 64  # 128 * 64 = 8192 tokens per iteration, the longest line has 51
+block_size = 64  # 128 * 64 = 8192 tokens per iteration; the longest line has 51
 
 # 1.6M parameters
-n_layer = 2  # enough: four learn it in fewer iterations, but no sooner
+n_layer = 2  # enough: four layers need fewer iterations, but the same time
 n_head = 4
 n_embd = 256
 dropout = 0.0  # the data never repeat
@@ -33,5 +31,5 @@ lr_decay_iters = max_iters
 min_lr = 5e-5
 warmup_iters = 100
 eval_interval = 800
-eval_iters = 5 * _processes  # a look; eval.py counts what is right
+eval_iters = 5 * _processes  # a rough estimate; eval.py counts right answers
 log_interval = 10

@@ -1,5 +1,5 @@
-# A GPT that writes numbers and operators said in words as digits: twenty three plus four times seven=23+4*7.
-#   hardware   one GPU; on two CPU cores add config/cpu_lines.py before config/modern.py, three minutes
+# Train a GPT that turns words into digits: twenty three plus four times seven=23+4*7.
+#   hardware   one GPU; two CPU cores with config/cpu_lines.py before modern.py, three minutes
 #   launch     python train.py config/train_wordcalc.py config/modern.py
 #   before     python data/wordcalc/prepare.py
 #   after      python eval.py --out_dir=out-wordcalc; python sample.py config/sample_wordcalc.py
@@ -14,9 +14,7 @@ dataset = 'wordcalc'
 mask_before_token = '='  # only the answers are learned
 mask_per_line = True
 align_to_lines = True
-_processes = int(
-    os.environ.get('WORLD_SIZE', 1)
-)  # under torchrun they share the batch of 128 sequences
+_processes = int(os.environ.get('WORLD_SIZE', 1))  # they share the 128 sequences
 gradient_accumulation_steps = _processes
 batch_size = 128 // _processes
 block_size = 64  # 128 * 64 = 8192 tokens per iteration; no line is longer
@@ -33,5 +31,5 @@ lr_decay_iters = max_iters
 min_lr = 5e-5
 warmup_iters = 100
 eval_interval = 1500
-eval_iters = 5 * _processes  # a look; eval.py counts what is right
+eval_iters = 5 * _processes  # a rough estimate; eval.py counts right answers
 log_interval = 10

@@ -1,1 +1,1 @@
-"""A package, so that `import data.loader` finds this folder before any installed package called data."""
+"""A package, so that `import data.loader` never finds an installed package called data."""

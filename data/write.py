@@ -1,5 +1,5 @@
 """
-Text to train.bin and val.bin: token ids without a header, uint16 or what meta.pkl records.
+Write train.bin and val.bin: token ids without a header, uint16 or the dtype in meta.pkl.
 """
 
 import json
@@ -12,65 +12,84 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.tokenizer import GPT2, from_meta, short
+from data.tokenizer import GPT2, from_meta
 from support.files import write_whole
+
+SPLITS = ('train', 'val')
+
+
+def short(path):
+    """`path` relative to the current folder; unchanged if it is on another drive of Windows."""
+    try:
+        return os.path.relpath(path)
+    except ValueError:
+        return path
 
 
 def to_uint16(ids):
-    """A list or array of token ids as a uint16 array; an id that does not fit raises a ValueError."""
+    """A list or array of token ids as a uint16 array. Raises ValueError if an id does not fit."""
     return to_dtype(ids, 'uint16')
 
 
 def to_dtype(ids, dtype):
-    """A list or array of token ids as an array of uint16 or uint32; an id that does not fit raises a ValueError."""
-    ids, most = np.asarray(ids), np.iinfo(dtype).max
-    if len(ids) and (ids.min() < 0 or ids.max() > most):
-        worst = ids.max() if ids.max() > most else ids.min()
-        raise ValueError(f'token id {worst} does not fit {dtype} (0 to {most})')
+    """Token ids as an array of uint16 or uint32. Raises ValueError if an id does not fit."""
+    ids, largest = np.asarray(ids), np.iinfo(dtype).max
+    for i in (ids.max(initial=0), ids.min(initial=0)):
+        if not 0 <= i <= largest:
+            raise ValueError(f'token id {i} does not fit {dtype} (0 to {largest})')
     return ids.astype(dtype)
 
 
-def clear(folder, partial=False):
-    """Remove the dataset in a folder, so that nothing of it stands beside what belongs to another; partial: begun masks too."""
-    for name in (
-        'train.bin',
-        'val.bin',
-        'train.mask',
-        'val.mask',
-        'meta.pkl',
-        *(('train.mask.partial', 'val.mask.partial') if partial else ()),
-    ):
-        if os.path.exists(os.path.join(folder, name)):
-            os.remove(os.path.join(folder, name))
+def remove(paths):
+    """Remove the files that exist."""
+    for path in paths:
+        if os.path.exists(path):
+            os.remove(path)
 
 
+def clear(folder, keep_partial_masks=False):
+    """Remove the dataset in a folder, so that no file of it stays beside those of a new one."""
+    names = ['train.bin', 'val.bin', 'train.mask', 'val.mask', 'meta.pkl']
+    if not keep_partial_masks:
+        names += ['train.mask.partial', 'val.mask.partial']
+    remove(os.path.join(folder, name) for name in names)
+
+
+def write_meta(folder, meta):
+    """Write meta.pkl. It comes before the .bin files, so that they never lack their vocabulary."""
+    write_whole(os.path.join(folder, 'meta.pkl'), lambda f: pickle.dump(meta, f))
+
+
+# -----------------------------------------------------------------------------
+# one text
 def write_dataset(folder, text, meta=None, val_share=0.1):
     """
-    Write train.bin and val.bin for one text, the last `val_share` of its characters held out, and
-    meta.pkl when a character vocabulary is given (without one the tokens are GPT-2's BPE).
+    Write train.bin and val.bin for one text; the last `val_share` of its characters is val.
+
+    meta: of a character vocabulary, written to meta.pkl; None: the tokens are GPT-2's BPE
     """
     print(f'{short(folder)}/input.txt: {len(text):,} characters')
     tokenizer = from_meta(meta or GPT2)
     cut = int(len(text) * (1 - val_share))
-    ids = {
-        'train': to_uint16(tokenizer.to_array(text[:cut])),
-        'val': to_uint16(tokenizer.to_array(text[cut:])),
-    }
-    clear(folder, partial=True)
-    if meta:  # first, so that no .bin is ever there without the vocabulary it was written with
-        write_whole(os.path.join(folder, 'meta.pkl'), lambda f: pickle.dump(meta, f))
+    texts = {'train': text[:cut], 'val': text[cut:]}
+    ids = {split: to_uint16(tokenizer.to_array(texts[split])) for split in SPLITS}
+    clear(folder)
+    if meta:
+        write_meta(folder, meta)
         print(f'{short(folder)}/meta.pkl: {meta["vocab_size"]} symbols: {"".join(meta["stoi"])!r}')
-    for split in ids:
+    for split in SPLITS:
         write_whole(os.path.join(folder, f'{split}.bin'), ids[split].tofile)
         print(f'{short(folder)}/{split}.bin: {len(ids[split]):,} tokens')
 
 
+# -----------------------------------------------------------------------------
+# many documents
 class Piece(NamedTuple):
-    text: str
+    text: str  # a document, or a part of one
     split: str  # 'train' or 'val'
-    ends: bool  # does <|endoftext|> follow?
-    size: int = 1  # by how much the progress bar grows
-    counts: bool = True  # is it to be learned, or only to be read, as a prompt is?
+    ends: bool  # <|endoftext|> follows
+    size: int = 1  # what the progress bar counts
+    counts: bool = True  # its tokens are targets; False for a prompt
 
 
 def write_documents(
@@ -85,138 +104,192 @@ def write_documents(
     masked=False,
 ):
     """
-    Write train.bin and val.bin from documents that come in pieces, with <|endoftext|> after each,
-    on all cores, some megabytes in memory at a time. Where an earlier call was interrupted, this
-    one goes on. One that fails leaves nothing.
+    Tokenize documents on all cores and write train.bin and val.bin, with a few MB in memory.
 
-    pieces_after: function(n) -> iterator over Pieces, from the nth on
-    source: what the documents are, and how they are tokenized; progress made on another source is thrown away
-    meta: of the tokenizer, written to meta.pkl; None: GPT-2's BPE, whose datasets have none
-    total: of the progress bar, in units of Piece.size, or None
-    few, much: the errors when nothing would be held out, and when everything would
-    masked: also write train.mask and val.mask, a byte a token: 1 for those of Pieces that count
+    If it is interrupted, the next call resumes. If it fails, it leaves nothing.
+
+    pieces_after: function(n) -> iterator over Pieces, from number n on
+    source: describes the documents and the tokenizer; a call with another source starts anew
+    meta: of the tokenizer, written to meta.pkl; None: GPT-2's BPE, without meta.pkl
+    total, unit: of the progress bar, in units of Piece.size
+    few, much: the errors if val, or else train, would be empty
+    masked: also write train.mask and val.mask, a byte a token: 1 where Piece.counts
     """
     from tqdm import tqdm
 
-    tokenizer, dtype = from_meta(meta or GPT2), (meta or GPT2).get('dtype', 'uint16')
-    paths = {split: os.path.join(folder, f'{split}.bin') for split in ('train', 'val')}
-    masks = {split: os.path.join(folder, f'{split}.mask') for split in paths} if masked else {}
-    width, journal = np.dtype(dtype).itemsize, os.path.join(folder, 'progress.json')
-    progress = {'source': source, 'pieces': 0, 'size': 0, 'train': 0, 'val': 0}
-    if os.path.exists(journal):
-        try:
-            with open(journal, encoding='utf-8') as f:
-                saved = json.load(f)
-            there = all(
-                os.path.getsize(path + '.partial') >= n * saved[split]
-                for n, kind in ((width, paths), (1, masks))
-                for split, path in kind.items()
-            )
-            progress = (
-                saved
-                if there and saved.keys() == progress.keys() and saved['source'] == source
-                else progress
-            )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            pass  # a journal that is damaged, or without its files, is none
-    files, noted, made = {}, time.monotonic(), not os.path.isdir(folder)
-
-    def encode(pieces):
-        """The ids of each split for consecutive pieces, made in a thread; the tokenizers let others run meanwhile."""
-        ids, counts = (
-            {split: [np.zeros(0, kind)] for split in paths} for kind in (dtype, np.uint8)
-        )
-        for piece in pieces:
-            ends = [tokenizer.eot] if piece.ends and tokenizer.eot is not None else []
-            for part in (tokenizer.to_array(piece.text), ends):
-                ids[piece.split].append(to_dtype(part, dtype))
-                counts[piece.split].append(np.full(len(part), piece.counts, np.uint8))
-        return {
-            split: (np.concatenate(ids[split]), np.concatenate(counts[split])) for split in paths
-        }
-
-    def note():
-        for f in files.values():
-            f.flush()
-            os.fsync(f.fileno())  # a journal must not know of what a power cut takes
-        write_whole(journal, lambda f: f.write(json.dumps(progress).encode()))
-
-    def write(pieces, encoded):
-        if not masked and not all(piece.counts for piece in pieces):
-            raise ValueError('prompts come after documents without any; prepare them apart')
-        now = {
-            **progress,
-            'pieces': progress['pieces'] + len(pieces),
-            'size': progress['size'] + sum(piece.size for piece in pieces),
-        }
-        for split, (ids, counts) in encoded.result().items():
-            ids.tofile(files[paths[split]])
-            if masked:
-                counts.tofile(files[masks[split]])
-            now[split] += len(ids)
-        progress.update(now)  # all at once: an interruption comes before or after
-        bar.update(sum(piece.size for piece in pieces))
-
-    cores, done = os.cpu_count(), False
+    tokenizer = from_meta(meta or GPT2)
+    dtype = (meta or GPT2).get('dtype', 'uint16')
+    output, cores = Output(folder, source, dtype, masked), os.cpu_count()
     try:
-        os.makedirs(folder, exist_ok=True)
-        for n, kind in ((width, paths), (1, masks)):
-            for split, path in kind.items():
-                files[path] = open(path + '.partial', 'ab')
-                files[path].truncate(n * progress[split])
-        bar = tqdm(
-            total=total,
-            initial=progress['size'],
-            unit=unit,
-            unit_scale=True,
-            desc='tokenizing',
-            disable=None,
-        )
+        output.open()
+        look = dict(unit=unit, unit_scale=True, desc='tokenizing', disable=None)
+        bar = tqdm(total=total, initial=output.progress['size'], **look)
         with bar, ThreadPoolExecutor(cores) as pool:
-            waiting, batch, length = deque(), [], 0
-            for piece in pieces_after(progress['pieces']):
-                batch.append(piece)
-                length += len(piece.text)
-                if length >= 2**18 or len(batch) >= 1000:
-                    waiting.append((batch, pool.submit(encode, batch)))
-                    batch, length = [], 0
-                if len(waiting) > 2 * cores:
-                    write(*waiting.popleft())
-                if time.monotonic() > noted + 5:
-                    note()
-                    noted = time.monotonic()
-            waiting.append((batch, pool.submit(encode, batch)))
-            while waiting:
-                write(*waiting.popleft())
-        if not progress['train'] or not progress['val']:
-            raise ValueError(much if progress['val'] else few)
-        done = True
-    except ValueError:  # the input is wrong: nothing to go on from
-        progress['pieces'] = 0
+            pieces = pieces_after(output.progress['pieces'])
+            for batch, encoded in encode_ahead(pieces, pool, 2 * cores, tokenizer, dtype):
+                output.write(batch, encoded)
+                bar.update(sum(piece.size for piece in batch))
+        if not output.progress['val']:
+            raise ValueError(few)
+        if not output.progress['train']:
+            raise ValueError(much)
+        output.close()
+    except ValueError:  # the input is wrong, so there is nothing to resume
+        output.discard()
         raise
-    finally:  # after an interruption the next call goes on from here
-        if not done and progress['pieces']:
-            note()
-        for f in files.values():
+    except BaseException:
+        output.keep()
+        raise
+    output.finish(meta)
+
+
+def encode_ahead(pieces, pool, ahead, tokenizer, dtype):
+    """
+    Yield batches of pieces with their encode(), computed in threads for at most `ahead` batches
+    in advance. Tokenizers release the GIL.
+    """
+    waiting = deque()
+    for batch in batches(pieces):
+        waiting.append((batch, pool.submit(encode, batch, tokenizer, dtype)))
+        if len(waiting) > ahead:
+            batch, future = waiting.popleft()
+            yield batch, future.result()
+    for batch, future in waiting:
+        yield batch, future.result()
+
+
+def batches(pieces):
+    """Lists of pieces, of about 256,000 characters or 1000 pieces each."""
+    batch, length = [], 0
+    for piece in pieces:
+        batch.append(piece)
+        length += len(piece.text)
+        if length >= 2**18 or len(batch) >= 1000:
+            yield batch
+            batch, length = [], 0
+    if batch:
+        yield batch
+
+
+def encode(pieces, tokenizer, dtype):
+    """{split: (ids, mask)} of consecutive pieces, two arrays of the same length each."""
+    ids = {split: [np.zeros(0, dtype)] for split in SPLITS}
+    masks = {split: [np.zeros(0, np.uint8)] for split in SPLITS}
+    for piece in pieces:
+        new = to_dtype(tokenizer.to_array(piece.text), dtype)
+        if piece.ends and tokenizer.eot is not None:
+            new = np.append(new, to_dtype([tokenizer.eot], dtype))
+        ids[piece.split].append(new)
+        masks[piece.split].append(np.full(len(new), piece.counts, np.uint8))
+    return {split: (np.concatenate(ids[split]), np.concatenate(masks[split])) for split in SPLITS}
+
+
+class Output:
+    """
+    The files of a dataset until it is whole: train.bin.partial and so on, and progress.json, which
+    counts the pieces read and the tokens written.
+    """
+
+    def __init__(self, folder, source, dtype, masked):
+        self.folder, self.masked = folder, masked
+        self.journal = os.path.join(folder, 'progress.json')
+        self.made_folder = not os.path.isdir(folder)
+        self.widths = {}  # bytes a token of each file
+        for split in SPLITS:
+            if masked:  # before the .bin: without a mask all its tokens would be targets
+                self.widths[f'{split}.mask'] = 1
+            self.widths[f'{split}.bin'] = np.dtype(dtype).itemsize
+        self.files = {}  # open files by name
+        self.progress = self.load_progress(source)
+        self.saved_at = time.monotonic()
+
+    def partial(self, name):
+        return os.path.join(self.folder, f'{name}.partial')
+
+    def position(self, name, progress):
+        """The number of bytes of a file that `progress` counts."""
+        split = name.partition('.')[0]
+        return progress[split] * self.widths[name]
+
+    def load_progress(self, source):
+        """The progress of an interrupted call on the same source; zeros if there is none."""
+        new = {'source': source, 'pieces': 0, 'size': 0, 'train': 0, 'val': 0}
+        try:
+            with open(self.journal, encoding='utf-8') as f:
+                saved = json.load(f)
+            if saved.keys() != new.keys() or saved['source'] != source:
+                return new
+            for name in self.widths:
+                if os.path.getsize(self.partial(name)) < self.position(name, saved):
+                    return new
+            return saved
+        except (OSError, ValueError, TypeError, AttributeError):  # missing, damaged, or alone
+            return new
+
+    def open(self):
+        os.makedirs(self.folder, exist_ok=True)
+        for name in self.widths:
+            self.files[name] = open(self.partial(name), 'ab')
+            self.files[name].truncate(self.position(name, self.progress))
+
+    def write(self, pieces, encoded):
+        """Append what encode() returned for these pieces."""
+        if not self.masked and not all(piece.counts for piece in pieces):
+            raise ValueError(
+                'documents with a prompt come after documents without; prepare them separately'
+            )
+        progress = dict(self.progress)
+        progress['pieces'] += len(pieces)
+        progress['size'] += sum(piece.size for piece in pieces)
+        for split in SPLITS:
+            ids, mask = encoded[split]
+            ids.tofile(self.files[f'{split}.bin'])
+            if self.masked:
+                mask.tofile(self.files[f'{split}.mask'])
+            progress[split] += len(ids)
+        self.progress = progress  # in one step, so that an interruption comes before or after it
+        if time.monotonic() > self.saved_at + 5:
+            self.save()
+
+    def save(self):
+        """Write progress.json, after what it counts is on disk."""
+        self.sync()
+        write_whole(self.journal, lambda f: f.write(json.dumps(self.progress).encode()))
+        self.saved_at = time.monotonic()
+
+    def sync(self):
+        for f in self.files.values():
             f.flush()
             os.fsync(f.fileno())
+
+    def close(self):
+        self.sync()
+        for f in self.files.values():
             f.close()
-        if not done and not progress['pieces']:
-            for path in (journal, *(path + '.partial' for path in files)):
-                if os.path.exists(path):
-                    os.remove(path)
-            if made and os.path.isdir(folder):
-                os.rmdir(folder)
-    clear(folder, partial=not masked)
-    if meta:
-        write_whole(os.path.join(folder, 'meta.pkl'), lambda f: pickle.dump(meta, f))
-    for split in paths:
-        for path in (
-            masks.get(split),
-            paths[split],
-        ):  # a mask first: without one all tokens would count
-            if path:
-                os.replace(path + '.partial', path)
-        print(f'{short(paths[split])}: {progress[split]:,} tokens')
-    if os.path.exists(journal):
-        os.remove(journal)
+        self.files = {}
+
+    def keep(self):
+        """After an interruption: keep what the next call can resume from."""
+        if not self.progress['pieces']:
+            return self.discard()
+        self.save()
+        self.close()
+
+    def discard(self):
+        """Remove the files, and the folder if it is new."""
+        self.close()
+        remove([self.journal, *map(self.partial, self.widths)])
+        if self.made_folder and os.path.isdir(self.folder):
+            os.rmdir(self.folder)
+
+    def finish(self, meta):
+        """Put the files in the place of the dataset that was there before."""
+        clear(self.folder, keep_partial_masks=self.masked)
+        if meta:
+            write_meta(self.folder, meta)
+        for name in self.widths:
+            os.replace(self.partial(name), os.path.join(self.folder, name))
+        for split in SPLITS:
+            path = short(os.path.join(self.folder, f'{split}.bin'))
+            print(f'{path}: {self.progress[split]:,} tokens')
+        remove([self.journal])

@@ -1,19 +1,26 @@
-"""Files that are written whole or not at all."""
+"""Files and folders that are written whole or not at all."""
 
+import contextlib
 import os
 import re
 import secrets
+import shutil
+
+from configurator import fail
 
 
 def write_whole(path, write):
     """
-    Call write(file) on a temporary file and move it to `path`: there whole, or not at all, power cuts included. What a link
-    points to is written; what is no regular file, such as /dev/null or a pipe, is written to directly.
+    Call write(file) on a temporary file, then move that file to `path`.
+
+    Even after a power cut `path` holds either the whole new file or what was there before.
+    A link is followed. /dev/null, a pipe and the like are written to directly.
     """
-    if path.startswith('/dev/') or os.path.exists(path) and not os.path.isfile(path):
+    if path.startswith('/dev/') or (os.path.exists(path) and not os.path.isfile(path)):
         with open(path, 'wb') as f:
             return write(f)
-    path = os.path.realpath(path) if os.path.islink(path) else path
+    if os.path.islink(path):
+        path = os.path.realpath(path)
     partial = partial_name(path)
     try:
         with open(partial, 'wb') as f:
@@ -21,14 +28,7 @@ def write_whole(path, write):
             f.flush()
             os.fsync(f.fileno())
         os.replace(partial, path)
-        if (
-            os.name == 'posix'
-        ):  # the new name lasts once its folder is on disk; Windows does not open folders
-            folder = os.open(os.path.dirname(path) or '.', os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+        sync_folder(os.path.dirname(path) or '.')
     except OSError as e:
         if e.filename == partial:
             e.filename = path  # the name that the user knows
@@ -38,13 +38,51 @@ def write_whole(path, write):
             os.remove(partial)
 
 
+def sync_folder(folder):
+    """Write a folder's list of names to disk. Windows does not open folders and needs no sync."""
+    if os.name != 'posix':
+        return
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 def partial_name(path):
-    """A name for a temporary file beside `path`, for this writer alone."""
+    """A name for a temporary file beside `path` that no other writer uses."""
     return f'{path}.{os.getpid()}-{secrets.token_hex(4)}.partial'
 
 
 def remove_partials(folder):
-    """Remove temporary files of writers that were killed. No writer may be at work in `folder`."""
+    """Remove the temporary files of killed writers. No writer may be active in `folder`."""
     for name in os.listdir(folder):
         if re.search(r'\.\d+-[0-9a-f]{8}\.partial$', name):
             os.remove(os.path.join(folder, name))
+
+
+@contextlib.contextmanager
+def new_folder(path):
+    """
+    A temporary folder to write to, moved to `path` at the end of the block: whole or not at all.
+
+    Raises OSError if the folder cannot be created. Exits with code 1 and one line if a file in it
+    cannot be written.
+    """
+    from safetensors import SafetensorError
+
+    partial = partial_name(os.path.abspath(path))  # abspath drops a slash at the end
+    try:
+        os.mkdir(partial)
+    except OSError as e:
+        raise OSError(f'{path} cannot be created: {e.strerror}') from e
+    try:
+        yield partial
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as e:
+        cause = e
+        while cause.__context__ and not getattr(cause, 'strerror', None):
+            cause = cause.__context__  # torch wraps the error of the file system
+        fail(f'{path} cannot be written: {getattr(cause, "strerror", None) or cause}', 1)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,92 +1,55 @@
 """Functions recorded as CUDA graphs."""
 
-import functools
-
 import torch
 
 
 def can_record(cuda_graph, device, dtype, torchrun, redraws):
     """
-    cuda_graph with 'auto' replaced: True where train.py's step can be recorded as CUDA graphs.
+    cuda_graph with 'auto' replaced: True if train.py's step can be recorded as CUDA graphs.
 
-    torchrun: do several processes share the work? redraws: does backward draw dropout masks again?
-    Raises ValueError for a value that is none of 'auto', True, False, and for True where it is not supported.
+    torchrun: are there several processes? redraws: does backward draw dropout masks again?
+    Raises ValueError for an unknown value, and for True if it is not supported here.
     """
     if cuda_graph not in ('auto', True, False):
         raise ValueError(f"cuda_graph={cuda_graph!r} is none of 'auto', True, False")
-    not_supported = (
-        'on a CUDA device'
-        if 'cuda' not in device
-        else 'without torchrun'
-        if torchrun
-        else 'with float32 or bfloat16'
-        if dtype == 'float16'
-        else 'without dropout beside gradient_checkpointing'
-        if redraws
-        else ''
-    )
-    if not_supported and cuda_graph is True:
-        raise ValueError(
-            f'cuda_graph=True is supported only {not_supported}; leave --cuda_graph out'
-        )
-    return not not_supported and cuda_graph is not False
+    conditions = {
+        'on a CUDA device': 'cuda' in device,
+        'without torchrun': not torchrun,
+        'with float32 or bfloat16': dtype != 'float16',
+        'without dropout beside gradient_checkpointing': not redraws,
+    }
+    unmet = [words for words, met in conditions.items() if not met]
+    if unmet and cuda_graph is True:
+        raise ValueError(f'cuda_graph=True is supported only {unmet[0]}; leave --cuda_graph out')
+    return cuda_graph is not False and not unmet
 
 
 class Recorder:
     """
-    Records functions as CUDA graphs. A small network's step is hundreds of launches that take longer than the work they
-    start; a graph replays them all by one launch (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs).
+    Records functions as CUDA graphs. A small network's step is hundreds of kernel launches, which
+    take longer than the kernels; a graph replays them all with one launch
+    (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs).
 
         recorded = Recorder(on=True)
         step = recorded(step)
 
-    The first calls run the function as it is, the next one records it, and the rest replay the recording. So the function must
-    do the same work on the same memory each time:
-    - its arguments are tensors that keep their shape and type; their values are copied in
-    - all else that changes between calls stands in tensors on the device, which are written in place
+    The first calls run the function itself, the next call records it, and later calls replay the
+    recording. So every call must do the same work on the same memory:
+    - its arguments are tensors of the same shape and type each time; their values are copied in
+    - everything else that changes between calls is a tensor on the device, written in place
     - it does not wait for the device, as .item() or an `if` on a tensor would
-    What it returns is written over by the next call. With on=False functions stay as they are. If a recording fails, `report`
-    gets one line that says so, and from then on all functions run as they are.
+    The next call overwrites what the function returned. With on=False functions stay as they are.
+    If a recording fails, `report` gets a line about it and all functions run unrecorded from then.
     """
 
-    FIRST_CALLS = 3  # in which libraries allocate their workspaces, and torch.compile compiles
+    FIRST_CALLS = 3  # libraries allocate their workspaces, and torch.compile compiles
 
     def __init__(self, on, report=print):
-        self.on, self.report, self.stream, self.pool = on, report, None, None
+        self.on, self.report = on, report
+        self.stream = self.pool = None  # shared by all recordings
 
     def __call__(self, function):
-        if not self.on:
-            return function
-        calls, inputs, outputs, replay = 0, (), None, None
-
-        @functools.wraps(function)
-        def run(*args):
-            nonlocal calls, inputs, outputs, replay
-            calls += 1
-            if not self.on:
-                return function(*args)
-            if calls <= self.FIRST_CALLS:
-                return self.warm_up(function, args)
-            if replay is None:
-                inputs = [x.clone() for x in args]
-                try:
-                    replay, outputs = self.record(function, inputs)
-                except RuntimeError as e:  # too little memory is one too
-                    self.on, reason = False, (str(e).splitlines() or [type(e).__name__])[0]
-                    self.report(
-                        f'{function.__name__} could not be recorded as a CUDA graph and runs without: {reason}'
-                    )
-                    return function(*args)
-            for kept, new in zip(inputs, args, strict=True):
-                assert kept.shape == new.shape and kept.dtype == new.dtype, (
-                    f'{function.__name__} was recorded for a tensor of {tuple(kept.shape)}, {kept.dtype} and got one of '
-                    f'{tuple(new.shape)}, {new.dtype}'
-                )
-                kept.copy_(new)
-            replay()
-            return outputs
-
-        return run
+        return Recorded(self, function) if self.on else function
 
     def warm_up(self, function, args):
         """function(*args) on the stream that is recorded later."""
@@ -98,7 +61,7 @@ class Recorder:
         return outputs
 
     def record(self, function, inputs):
-        """(replay, outputs) of a recording, which takes its memory from one pool for all functions."""
+        """Record function(*inputs): (a function that replays it, its outputs)."""
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         try:  # thread_local: the loader's thread pins memory meanwhile
@@ -106,13 +69,51 @@ class Recorder:
                 outputs = function(*inputs)
         except RuntimeError:
             generator = torch.cuda.default_generators[current.device_index]
-            if hasattr(
-                generator, 'graphsafe_set_state'
-            ):  # else it could still take itself for recorded (torch 2.11)
-                generator.graphsafe_set_state(
-                    torch.Generator(generator.device).graphsafe_get_state()
-                )
+            if hasattr(generator, 'graphsafe_set_state'):
+                # else the generator may believe it is still being recorded (torch 2.11)
+                state = torch.Generator(generator.device).graphsafe_get_state()
+                generator.graphsafe_set_state(state)
             raise
         finally:
             torch.cuda.set_stream(current)
         return graph.replay, outputs
+
+
+class Recorded:
+    """A function, and its recording once there is one."""
+
+    def __init__(self, recorder, function):
+        self.recorder, self.function, self.calls = recorder, function, 0
+        self.replay = self.inputs = self.outputs = None
+
+    def __call__(self, *args):
+        self.calls += 1
+        if self.recorder.on and self.calls <= Recorder.FIRST_CALLS:
+            return self.recorder.warm_up(self.function, args)
+        if self.recorder.on and self.replay is None:
+            self.record(args)
+        if not self.recorder.on:
+            return self.function(*args)
+        self.copy_in(args)
+        self.replay()
+        return self.outputs
+
+    def record(self, args):
+        """Record the function; if that fails, turn the recorder off."""
+        self.inputs = [x.clone() for x in args]
+        try:
+            self.replay, self.outputs = self.recorder.record(self.function, self.inputs)
+        except RuntimeError as e:  # too little memory is a RuntimeError too
+            self.recorder.on = False
+            name, reason = self.function.__name__, (str(e).splitlines() or [type(e).__name__])[0]
+            self.recorder.report(
+                f'{name} could not be recorded as a CUDA graph and runs without: {reason}'
+            )
+
+    def copy_in(self, args):
+        for kept, new in zip(self.inputs, args, strict=True):
+            assert kept.shape == new.shape and kept.dtype == new.dtype, (
+                f'{self.function.__name__} was recorded for a tensor of {tuple(kept.shape)}, '
+                f'{kept.dtype} and got one of {tuple(new.shape)}, {new.dtype}'
+            )
+            kept.copy_(new)

@@ -11,25 +11,29 @@ import time
 
 class StopSignals:
     """
-    True once this process was asked to end: Ctrl-C, a scheduler's SIGTERM, SLURM's warning SIGUSR1, a lost terminal.
+    True after this process was asked to end: by Ctrl-C, a scheduler's SIGTERM, SLURM's warning
+    SIGUSR1, or a lost terminal.
 
-    A first signal leaves it to the run to end after its iteration, with a save. While nothing_to_lose, and at a second signal,
-    the process ends at once, with 128 + the signal's number as its exit code. SIGUSR2 prints the stack of every thread.
+    After a first signal the run saves and ends when its iteration is done. While nothing_to_lose,
+    and at a second signal, the process exits at once, with code 128 + the signal's number. SIGUSR2
+    prints the stack of every thread.
     """
 
     def __init__(self):
-        self.number, self.since, self.nothing_to_lose, self.handled = None, 0.0, True, set()
-        # Python runs a handler only once the main thread is back from C code, which may be a hanging compiler or NCCL.
-        # So the handlers do nothing, and a thread reads the numbers that Python writes into a socket right away.
-        self.socket, wakeup = socket.socketpair()
-        wakeup.setblocking(False)
-        self.wakeup = wakeup  # kept open
+        self.number, self.since, self.nothing_to_lose = None, 0.0, True
+        # Python runs a handler only after the main thread returns from C code, which may be a
+        # hanging compiler or NCCL. So the handlers do nothing, and a thread reads the numbers that
+        # Python writes into a socket at once.
+        self.socket, self.wakeup = socket.socketpair()
+        self.wakeup.setblocking(False)
+        self.handled = set()
         for name in ('SIGINT', 'SIGTERM', 'SIGUSR1', 'SIGHUP'):
-            # Windows does not have all of them; ignored signals stay ignored (nohup)
-            if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
-                signal.signal(getattr(signal, name), lambda number, frame: None)
-                self.handled.add(getattr(signal, name))
-        signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
+            number = getattr(signal, name, None)  # Windows does not have all of them
+            # ignored signals stay ignored (nohup)
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, lambda number, frame: None)
+                self.handled.add(number)
+        signal.set_wakeup_fd(self.wakeup.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self.watch, daemon=True).start()
         if sys.stderr:
             faulthandler.enable()
@@ -39,32 +43,26 @@ class StopSignals:
     def watch(self):
         while True:
             number = self.socket.recv(1)[0]
-            if number in self.handled:  # other handlers of Python's may be there too
+            if number in self.handled:  # other Python handlers write here too
                 self.receive(number, time.monotonic())
 
     def receive(self, number, now):
         """Handle signal `number` at `now` (seconds)."""
         second = self.number is not None
-        if (
-            second and now - self.since < 1
-        ):  # one request often comes twice: timeout(1) and a closed terminal send two
-            return
+        if second and now - self.since < 1:
+            return  # one request often sends two: timeout(1) and a closed terminal do
         at_once = second or self.nothing_to_lose
-        if (
-            number == signal.SIGINT
-            and os.environ.get('RANK', '0') == '0'
-            and sys.stderr
-            and sys.stderr.isatty()
-        ):
-            os.write(
-                2,
-                b'\ninterrupted\n'
-                if at_once
-                else b'\nstopping after this iteration; Ctrl-C again ends at once\n',
-            )
+        if number == signal.SIGINT and os.environ.get('RANK', '0') == '0':
+            self.answer(at_once)
         if at_once:
             os._exit(128 + number)
         self.number, self.since = number, now
+
+    def answer(self, at_once):
+        """Tell the user at the terminal what Ctrl-C does."""
+        if sys.stderr and sys.stderr.isatty():
+            text = '\nstopping after this iteration; Ctrl-C again ends at once\n'
+            os.write(2, b'\ninterrupted\n' if at_once else text.encode())
 
     def __bool__(self):
         return self.number is not None

@@ -1,4 +1,4 @@
-"""Checkpoints and optimizer files that are not what they say: one line each, before anything is trained or much memory is taken."""
+"""Bad checkpoints and optimizer files are refused in one line, before training and large memory."""
 
 import os
 import pickle
@@ -13,19 +13,13 @@ from support import checkpoint as ckpt
 from support import weights
 
 SIZES = dict(n_layer=1, n_head=2, n_embd=8, block_size=8, vocab_size=16)
+WTE = 'transformer.wte.weight'
 
 
 def write(path, **changes):
     model = GPT(GPTConfig(**SIZES))
-    content = dict(
-        model=model.state_dict(),
-        model_args=dict(SIZES),
-        config=dict(dataset='tiny'),
-        iter_num=5,
-        best_val_loss=1.0,
-    )
-    content.update(changes)
-    torch.save(content, path)
+    content = dict(model=model.state_dict(), model_args=dict(SIZES), config=dict(dataset='tiny'))
+    torch.save({**content, 'iter_num': 5, 'best_val_loss': 1.0, **changes}, path)
 
 
 @pytest.mark.parametrize(
@@ -50,33 +44,29 @@ def write(path, **changes):
         dict(best_file=7),
         dict(run_id=7),
         dict(optimizer_file=3),
-        dict(
-            model={
-                'transformer.wte.weight': torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
-            }
-        ),
-        dict(model={'transformer.wte.weight': torch.ones(16, 8).to_sparse()}),
-        dict(model={'transformer.wte.weight': torch.ones(3)}),
+        dict(model={WTE: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])}),
+        dict(model={WTE: torch.ones(16, 8).to_sparse()}),
+        dict(model={WTE: torch.ones(3)}),
         dict(model={}),
     ],
     ids=lambda changes: '-'.join(changes),
 )
-def test_a_checkpoint_that_lies_is_refused_in_one_line(tmp_path, changes):
+def test_a_bad_checkpoint_is_refused_in_one_line(tmp_path, changes):
     write(tmp_path / 'ckpt.pt', **changes)
     with pytest.raises(ValueError) as e:
         weights.open_model(str(tmp_path / 'ckpt.pt'))
     assert '\n' not in str(e.value)
 
 
-def test_scripts_refuse_it_in_one_line(project):
-    folder = project.path / 'out-lies'
+def test_scripts_refuse_a_bad_checkpoint_in_one_line(project):
+    folder = project.path / 'out-bad'
     folder.mkdir()
     write(folder / 'ckpt.pt', iter_num=-5)
     for script in ('sample.py', 'eval.py'):
-        assert 'refused' in project.error(script, '--device=cpu', '--out_dir=out-lies')
-    assert 'refused' in project.error('train.py', *TINY, '--init_from=out-lies')
-    assert 'refused' in project.error('convert.py', '--init_from=out-lies', '--output=out-lies-hf')
-    assert not (project.path / 'out-lies-hf').exists()
+        assert 'refused' in project.error(script, '--device=cpu', '--out_dir=out-bad')
+    assert 'refused' in project.error('train.py', *TINY, '--init_from=out-bad')
+    assert 'refused' in project.error('convert.py', '--init_from=out-bad', '--output=out-bad-hf')
+    assert not (project.path / 'out-bad-hf').exists()
 
 
 @pytest.mark.parametrize('protocol', [2, 4, 5])
@@ -93,11 +83,21 @@ def test_a_refusal_is_one_line_whatever_the_pickle(project, protocol):
 def test_quantized_weights_are_refused_in_one_line(project):
     folder = project.path / 'out-quantized'
     folder.mkdir()
-    weights = {
-        'transformer.wte.weight': torch.quantize_per_tensor(torch.ones(16, 8), 0.1, 0, torch.qint8)
-    }
-    write(folder / 'ckpt.pt', model=weights)
+    quantized = torch.quantize_per_tensor(torch.ones(16, 8), 0.1, 0, torch.qint8)
+    write(folder / 'ckpt.pt', model={WTE: quantized})
     assert 'refused' in project.error('sample.py', '--device=cpu', '--out_dir=out-quantized')
+
+
+DAMAGE = [
+    'a buffer is missing',
+    'a buffer is a number',
+    'a buffer is of integers',
+    'one buffer too many',
+    'no state',
+    'a parameter too many',
+    'a group is missing',
+    'state is a list',
+]
 
 
 def damage(state, kind):
@@ -127,16 +127,7 @@ def test_an_optimizer_file_that_does_not_fit_is_refused_in_one_line(project, opt
     out = project.path / f'out-whole-{optimizer}'
     project.run('train.py', *flags, f'--out_dir={out.name}', '--max_iters=3')
     name = ckpt.load(str(out))['optimizer_file']
-    for kind in (
-        'a buffer is missing',
-        'a buffer is a number',
-        'a buffer is of integers',
-        'one buffer too many',
-        'no state',
-        'a parameter too many',
-        'a group is missing',
-        'state is a list',
-    ):
+    for kind in DAMAGE:
         bad = project.path / f'out-damaged-{optimizer}'
         shutil.copytree(out, bad, dirs_exist_ok=True)
         state = torch.load(out / name)
@@ -147,8 +138,7 @@ def test_an_optimizer_file_that_does_not_fit_is_refused_in_one_line(project, opt
 
 
 @pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
-def test_settings_of_the_optimizer_are_those_of_today(project, optimizer):
-    """Whatever an optimizer file says of its own, the run goes on as if it had not."""
+def test_a_resumed_run_ignores_the_settings_in_its_optimizer_file(project, optimizer):
     flags = [*TINY, f'--optimizer={optimizer}', '--tie_embeddings=False']
     straight, edited = (project.path / f'out-{name}-{optimizer}' for name in ('straight', 'edited'))
     project.run('train.py', *flags, f'--out_dir={straight.name}', '--max_iters=6')
@@ -156,19 +146,11 @@ def test_settings_of_the_optimizer_are_those_of_today(project, optimizer):
     name = ckpt.load(str(edited))['optimizer_file']
     state = torch.load(edited / name)
     for group in state['param_groups']:
-        group.update(
-            eps='small',
-            amsgrad=True,
-            maximize=True,
-            lr=7.0,
-            steps=99,
-            foreach=True,
-            capturable=True,
-        )
+        group.update(eps='small', amsgrad=True, maximize=True, lr=7.0, steps=99)
+        group.update(foreach=True, capturable=True)
     torch.save(state, edited / name)
-    project.run(
-        'train.py', *flags, f'--out_dir={edited.name}', '--max_iters=6', '--init_from=resume'
-    )
+    flags += [f'--out_dir={edited.name}', '--init_from=resume']
+    project.run('train.py', *flags, '--max_iters=6')
     a, b = (ckpt.load(str(out))['model'] for out in (straight, edited))
     assert all(torch.equal(a[name], b[name]) for name in a)
 
@@ -176,18 +158,13 @@ def test_settings_of_the_optimizer_are_those_of_today(project, optimizer):
 def test_the_best_starts_anew_where_the_validation_does(project):
     flags = [*TINY, '--always_save_checkpoint=False', '--out_dir=out-other-val']
     project.run('train.py', *flags, '--max_iters=5')
-    checkpoint = ckpt.load(str(project.path / 'out-other-val' / 'ckpt.pt'))
-    torch.save(
-        {
-            **{name: value for name, value in checkpoint.items() if name != 'path'},
-            'best_val_loss': 0.001,
-        },
-        project.path / 'out-other-val' / 'ckpt.pt',
-    )
-    same = project.run('train.py', *flags, '--max_iters=10', '--init_from=resume').stdout
+    folder = project.path / 'out-other-val'
+    checkpoint = ckpt.load(str(folder / 'ckpt.pt'))
+    del checkpoint['path']
+    torch.save({**checkpoint, 'best_val_loss': 0.001}, folder / 'ckpt.pt')
+    flags += ['--init_from=resume']
+    same = project.run('train.py', *flags, '--max_iters=10').stdout
     assert 'best val loss 0.0010' in same and 'does not count' not in same
-    other = project.run(
-        'train.py', *flags, '--max_iters=15', '--eval_iters=3', '--init_from=resume'
-    ).stdout
+    other = project.run('train.py', *flags, '--max_iters=15', '--eval_iters=3').stdout
     assert 'eval_iters x batch_size changed' in other and 'best val loss 0.0010' not in other
-    assert ckpt.load(str(project.path / 'out-other-val' / 'best.pt'))['iter_num'] in (10, 15)
+    assert ckpt.load(str(folder / 'best.pt'))['iter_num'] in (10, 15)

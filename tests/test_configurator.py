@@ -104,7 +104,7 @@ def test_a_knob_misspelled_in_a_file_that_a_config_executes_is_told(run):
     (run.folder / 'config' / 'e.py').write_text(
         "batch_size = 4\nexec(open('config/d.py').read())\n"
     )
-    assert "config/e.py:2: unknown knob 'bath_size', did you mean batch_size?" in run('config/e.py')
+    assert "config/e.py:2: unknown setting 'bath_size', did you mean batch_size?" in run('config/e.py')
 
 
 def test_files_and_flags_apply_from_left_to_right(run):
@@ -147,7 +147,7 @@ def test_a_mistake_on_the_command_line_is_one_line(run, flag, message):
     [
         (
             'batch_size = 1\nbath_size = 3\n',
-            "bad.py:2: unknown knob 'bath_size', did you mean batch_size?",
+            "bad.py:2: unknown setting 'bath_size', did you mean batch_size?",
         ),
         ('batch_size = "many"\n', "bad.py:1: batch_size takes int, not 'many'"),
         ('batch_size = 3\nbatch_size = = 4\n', 'bad.py:2: invalid syntax'),
@@ -180,7 +180,7 @@ def test_a_default_may_be_an_expression_in_all_scripts(tmp_path):
         .read_text()
         .replace('logit_cap: float = 0.0', 'logit_cap: float = math.inf')
     )
-    assert 'logit_cap in model.py: its default math.inf must be a plain value' in project.error(
+    assert 'logit_cap in model.py:GPTConfig: its default math.inf must be a plain value' in project.error(
         'train.py'
     )
 
@@ -241,13 +241,13 @@ def test_an_error_that_is_not_ours_keeps_its_traceback(run):
     'line, code, message',
     [
         (
-            'import data.tokenizer as t; t.write_whole("nowhere/x.txt", None)',
+            'import support.files as t; t.write_whole("nowhere/x.txt", None)',
             2,
             'error: nowhere/x.txt: No such file or directory',
         ),
         ('import torch; torch.empty(10**15)', 1, 'error: out of memory'),
         (
-            'import operator, data.tokenizer as t; t.write_whole("x", operator.methodcaller("truncate", -1))',
+            'import operator, support.files as t; t.write_whole("x", operator.methodcaller("truncate", -1))',
             1,
             'error: Invalid argument',
         ),  # as of a full disk
@@ -275,7 +275,6 @@ def test_a_missing_file_too_little_memory_and_a_missing_package_are_one_line(
                 'eval.py',
                 'bench.py',
                 'convert.py',
-                'runlog.py',
             )
         ),
         *(

@@ -8,13 +8,18 @@ from conftest import write_dataset
 from test_model import MODERN
 from test_train import nanogpt_checkpoint
 
-from data.tokenizer import GPT2, char_meta, from_meta, gpt2_encoding, make_meta, same_tokenizer
+from data.bpe import gpt2_encoding
+from data.make_tokenizer import make_meta
+from data.tokenizer import GPT2, char_meta, from_meta, same_tokenizer
 from generate import stream
 from model import GPT, GPTConfig
-from support.hf import from_pretrained, to_transformers, tokenizer_files
+from support.hf import from_pretrained, to_transformers
+from support.hf_tokenizer import tokenizer_files
 from support.weights import open_model
 
 TEXT = 'To be, or not to be: that is the question.\n\n  Zwölf Boxkämpfer — 漢字 42!\n'
+CHARS, CHARS_AND_EOT = char_meta(TEXT), make_meta('char', characters={*TEXT, '<|endoftext|>'})
+BYTES, TRAINED = make_meta('byte'), make_meta('train', 300, [TEXT * 5])
 SMALL = dict(block_size=24, vocab_size=64, n_layer=2, n_head=4, n_embd=32)
 
 
@@ -27,7 +32,7 @@ def scrambled(**knobs):
     return model
 
 
-HOMES = [
+NETWORKS = [
     dict(),
     dict(bias=False),
     dict(dropout=0.1),
@@ -37,7 +42,7 @@ HOMES = [
 ]
 
 
-@pytest.mark.parametrize('knobs', HOMES)
+@pytest.mark.parametrize('knobs', NETWORKS)
 def test_out_and_in_again_weights_are_the_same_bits_and_logits_equal_theirs(knobs, tmp_path):
     from transformers import AutoModelForCausalLM
 
@@ -57,25 +62,15 @@ def test_out_and_in_again_weights_are_the_same_bits_and_logits_equal_theirs(knob
         assert not weights['transformer.h.0.mlp.c_fc.bias'].any()  # their GPT-2 has biases
 
 
-@pytest.mark.parametrize(
-    'meta',
-    [
-        char_meta(TEXT),
-        make_meta('char', characters=set(TEXT) | {'<|endoftext|>'}),
-        make_meta('byte'),
-        make_meta('train', 300, [TEXT * 5]),
-    ],
-)
+@pytest.mark.parametrize('meta', [CHARS, CHARS_AND_EOT, BYTES, TRAINED])
 def test_the_tokenizer_goes_along_and_comes_back(meta, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    ours = scrambled(vocab_size=320, **{k: v for k, v in MODERN.items()})
+    ours = scrambled(vocab_size=320, **MODERN)
     to_transformers(ours, meta, str(tmp_path / 'hf'))
     tokenizer, own = AutoTokenizer.from_pretrained(tmp_path / 'hf'), from_meta(meta)
-    assert (
-        tokenizer(TEXT)['input_ids'] == own.encode(TEXT)
-        and tokenizer.decode(own.encode(TEXT)) == TEXT
-    )
+    assert tokenizer(TEXT)['input_ids'] == own.encode(TEXT)
+    assert tokenizer.decode(own.encode(TEXT)) == TEXT
     assert tokenizer.eos_token_id == own.eot
     again = from_pretrained(str(tmp_path / 'hf'))[1]
     assert from_meta(again).encode(TEXT) == own.encode(TEXT) and from_meta(again).eot == own.eot
@@ -90,11 +85,9 @@ def test_the_tokenizer_goes_along_and_comes_back(meta, tmp_path):
 def test_a_classic_model_with_a_character_vocabulary_loads_by_auto_classes(tmp_path):
     from transformers import AutoTokenizer
 
-    meta = char_meta(TEXT)
-    to_transformers(scrambled(vocab_size=meta['vocab_size']), meta, str(tmp_path / 'hf'))
-    assert AutoTokenizer.from_pretrained(tmp_path / 'hf')(TEXT)['input_ids'] == from_meta(
-        meta
-    ).encode(TEXT)
+    to_transformers(scrambled(vocab_size=CHARS['vocab_size']), CHARS, str(tmp_path / 'hf'))
+    ids = AutoTokenizer.from_pretrained(tmp_path / 'hf')(TEXT)['input_ids']
+    assert ids == from_meta(CHARS).encode(TEXT)
 
 
 @pytest.fixture(scope='module')
@@ -122,7 +115,7 @@ def test_gpt2s_own_tokenizer_is_recognised(gpt2):
     assert meta == GPT2 and back.config.vocab_size == 50257
 
 
-def test_the_files_say_what_other_readers_ask_for(gpt2):
+def test_the_files_have_what_other_readers_need(gpt2):
     read = lambda name: json.loads((gpt2[1] / name).read_text(encoding='utf-8'))
     assert read('config.json')['n_ctx'] == 64  # llama.cpp
     kind = read('tokenizer_config.json')['tokenizer_class']
@@ -138,12 +131,7 @@ def test_ctranslate2_writes_the_same_greedy_text(kind, request, tmp_path):
     if kind == 'gpt2':
         meta, (model, folder) = GPT2, request.getfixturevalue('gpt2')
     else:
-        characters = set(TEXT) | {'<|endoftext|>'}
-        meta = {
-            'byte': make_meta('byte'),
-            'trained': make_meta('train', 300, [TEXT * 5]),
-            'char': make_meta('char', characters=characters),
-        }[kind]
+        meta = {'byte': BYTES, 'trained': TRAINED, 'char': CHARS_AND_EOT}[kind]
         model, folder = scrambled(vocab_size=320, block_size=64), tmp_path / 'hf'
         to_transformers(model, meta, str(folder))
     from ctranslate2.converters import TransformersConverter
@@ -164,15 +152,15 @@ def test_ctranslate2_writes_the_same_greedy_text(kind, request, tmp_path):
 @pytest.mark.parametrize(
     'knobs, named',
     [
-        (dict(pos='alibi'), "GPT2LMHeadModel has not pos='alibi'"),
-        (dict(n_kv_head=2), 'has not n_kv_head=2'),
+        (dict(pos='alibi'), "GPT2LMHeadModel does not support pos='alibi'"),
+        (dict(n_kv_head=2), 'does not support n_kv_head=2'),
         ({**MODERN, 'activation': 'swiglu'}, "activation='swiglu'"),
-        ({**MODERN, 'bias': True}, 'NanoChatForCausalLM has not bias=True'),
+        ({**MODERN, 'bias': True}, 'NanoChatForCausalLM does not support bias=True'),
         (dict(logit_cap=5.0), 'logit_cap=5.0'),
     ],
 )
-def test_a_network_without_a_home_is_refused_by_its_knobs(knobs, named, tmp_path):
-    with pytest.raises(ValueError, match='no architecture of transformers') as e:
+def test_an_unsupported_network_is_refused_by_its_settings(knobs, named, tmp_path):
+    with pytest.raises(ValueError, match='transformers has no architecture') as e:
         to_transformers(scrambled(**knobs), None, str(tmp_path / 'hf'))
     assert named in str(e.value) and not list(tmp_path.iterdir())
 
@@ -206,69 +194,25 @@ def test_a_run_goes_out_by_one_command_and_back_by_another(project, trained, tmp
     with torch.no_grad():
         torch.testing.assert_close(theirs(idx).logits, model.eval()(idx, idx)[0], rtol=0, atol=1e-4)
     project.run('convert.py', f'--init_from={out}', f'--output={tmp_path}/back', '--to=flatgpt')
-    assert (
-        len(
-            project.run(
-                'sample.py',
-                f'--out_dir={tmp_path}/back',
-                '--device=cpu',
-                '--start=to',
-                '--num_samples=1',
-                '--max_new_tokens=5',
-            ).stdout
-        )
-        > 5
-    )
-    assert (
-        len(
-            project.run(
-                'sample.py',
-                f'--init_from={out}',
-                '--device=cpu',
-                '--start=to',
-                '--num_samples=1',
-                '--max_new_tokens=5',
-            ).stdout
-        )
-        > 5
-    )
+    sample = ['sample.py', '--device=cpu', '--start=to', '--num_samples=1', '--max_new_tokens=5']
+    for weights in (f'--out_dir={tmp_path}/back', f'--init_from={out}'):
+        assert len(project.run(*sample, weights).stdout) > 5
 
 
 @pytest.mark.parametrize('knobs', [dict(), MODERN])
 def test_exported_weights_without_their_padding_are_trained_on(knobs, project, tmp_path):
     hf, out = tmp_path / 'hf', tmp_path / 'out'
-    meta = make_meta('train', 300, [TEXT * 5])
-    to_transformers(scrambled(vocab_size=320, **knobs), meta, str(hf))
+    to_transformers(scrambled(vocab_size=320, **knobs), TRAINED, str(hf))
     (tmp_path / 'text.txt').write_text(TEXT * 200, encoding='utf-8')
-    name = f'again{len(knobs)}'
-    project.run(
-        'data/text/prepare.py',
-        f'--input={tmp_path}/text.txt',
-        f'--tokenizer={hf}',
-        f'--dataset={name}',
-    )
-    project.run(
-        'train.py',
-        '--device=cpu',
-        '--compile=False',
-        f'--dataset={name}',
-        f'--init_from={hf}',
-        f'--out_dir={out}',
-        '--block_size=16',
-        '--batch_size=4',
-        '--gradient_accumulation_steps=1',
-        '--eval_iters=2',
-        '--max_iters=3',
-    )
-    assert open_model(str(out))[0].config.vocab_size == meta['vocab_size']
-    project.run(
-        'sample.py',
-        f'--out_dir={out}',
-        '--device=cpu',
-        '--start=To',
-        '--num_samples=1',
-        '--max_new_tokens=5',
-    )
+    dataset = f'--dataset=again{len(knobs)}'
+    text = f'--input={tmp_path}/text.txt'
+    project.run('data/text/prepare.py', text, f'--tokenizer={hf}', dataset)
+    flags = ['--device=cpu', '--compile=False', dataset, f'--init_from={hf}', f'--out_dir={out}']
+    flags += ['--block_size=16', '--batch_size=4', '--gradient_accumulation_steps=1']
+    project.run('train.py', *flags, '--eval_iters=2', '--max_iters=3')
+    assert open_model(str(out))[0].config.vocab_size == TRAINED['vocab_size']
+    flags = ['--device=cpu', '--start=To', '--num_samples=1', '--max_new_tokens=5']
+    project.run('sample.py', f'--out_dir={out}', *flags)
 
 
 @pytest.mark.parametrize(
@@ -287,7 +231,7 @@ def test_bad_input_is_one_line_and_writes_nothing(project, trained, flags, messa
 
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='limits of file sizes, and /proc')
 @pytest.mark.parametrize('to', ['transformers', 'flatgpt'])
-def test_a_disk_that_does_not_take_it_is_one_line_and_nothing_stays(project, trained, tmp_path, to):
+def test_a_full_disk_is_one_line_and_leaves_nothing(project, trained, tmp_path, to):
     flags = ['convert.py', '--init_from=out-trained', f'--to={to}']
     limited = 'ulimit -f 8; exec "$@"'  # in KiB: small files only
     launcher = ['bash', '-c', limited, 'bash', sys.executable]
@@ -298,14 +242,14 @@ def test_a_disk_that_does_not_take_it_is_one_line_and_nothing_stays(project, tra
     assert 'File too large' in lines[0]
     assert not list(tmp_path.iterdir())
     line = project.error(*flags, '--output=/proc/hf')
-    assert '/proc/hf cannot be made: No such file or directory' in line
+    assert '/proc/hf cannot be created: No such file or directory' in line
     (tmp_path / 'link').symlink_to('nowhere')
     assert 'must be a new folder' in project.error(*flags, f'--output={tmp_path}/link')
     project.run(*flags, f'--output={tmp_path}/full/')  # and now it is taken
 
 
 def test_special_tokens_of_tiktoken_keep_their_ids(monkeypatch):
-    """As in cl100k_base: with ids between the last word and the first special token that stand for nothing."""
+    """As in cl100k_base, where some ids before the first special token are unused."""
     import tiktoken
     import tokenizers
 
@@ -315,7 +259,7 @@ def test_special_tokens_of_tiktoken_keep_their_ids(monkeypatch):
         mergeable_ranks={**{bytes([i]): i for i in range(256)}, b'to': 256, b'be': 257},
         special_tokens={'<|fim_prefix|>': 262, '<|endoftext|>': 260},
     )
-    for module in ('support.hf', 'data.tokenizer'):
+    for module in ('support.hf_tokenizer', 'data.tokenizer'):
         monkeypatch.setattr(f'{module}.tiktoken_encoding', lambda name: bpe)
     meta = {'tokenizer': 'tiktoken', 'name': 'gaps', 'vocab_size': 263}
     files, own = tokenizer_files(meta, 64), from_meta(meta)
@@ -331,21 +275,13 @@ def test_special_tokens_of_tiktoken_keep_their_ids(monkeypatch):
     assert own.decode([256, 258, 259, 257]) == 'tobe'
 
 
-@pytest.mark.parametrize(
-    'meta',
-    [
-        char_meta(TEXT),
-        make_meta('char', characters=set(TEXT) | {'<|endoftext|>'}),
-        make_meta('train', 300, [TEXT * 5]),
-    ],
-)
+@pytest.mark.parametrize('meta', [CHARS, CHARS_AND_EOT, TRAINED])
 def test_a_text_can_be_prepared_for_exported_weights(meta, tmp_path):
-    """With --tokenizer=FOLDER, as train.py asks for where the weights had another one."""
+    """With --tokenizer=FOLDER, which train.py suggests if the weights have another tokenizer."""
     to_transformers(scrambled(vocab_size=320, **MODERN), meta, str(tmp_path / 'hf'))
     again = from_pretrained(str(tmp_path / 'hf'))[1]
-    assert same_tokenizer(make_meta(str(tmp_path / 'hf')), again) and from_meta(again).encode(
-        TEXT
-    ) == from_meta(meta).encode(TEXT)
+    assert same_tokenizer(make_meta(str(tmp_path / 'hf')), again)
+    assert from_meta(again).encode(TEXT) == from_meta(meta).encode(TEXT)
     assert same_tokenizer(make_meta('gpt2-xl'), GPT2)
 
 
@@ -353,23 +289,12 @@ def test_a_nanogpt_checkpoint_takes_its_datasets_vocabulary_along(project):
     from transformers import AutoTokenizer
 
     write_dataset(project.path / 'data' / 'eighteen', 'abcdefghijklmnopqr' * 50)
-    for dataset, told in (('eighteen', ''), ('lost', 'without a tokenizer')):
+    for dataset, printed in (('eighteen', ''), ('lost', 'without a tokenizer')):
         nanogpt_checkpoint(project.path / f'out-{dataset}-nano', dataset=dataset)
-        assert (
-            told
-            in project.run(
-                'convert.py', f'--init_from=out-{dataset}-nano', f'--output={dataset}-hf'
-            ).stdout
-        )
-    assert AutoTokenizer.from_pretrained(project.path / 'eighteen-hf')('abc')['input_ids'] == [
-        0,
-        1,
-        2,
-    ]
-    assert project.run(
-        'sample.py',
-        '--init_from=eighteen-hf',
-        '--start=abc',
-        '--num_samples=1',
-        '--max_new_tokens=3',
-    ).stdout.startswith('abc')
+        flags = [f'--init_from=out-{dataset}-nano', f'--output={dataset}-hf']
+        assert printed in project.run('convert.py', *flags).stdout
+    tokenizer = AutoTokenizer.from_pretrained(project.path / 'eighteen-hf')
+    assert tokenizer('abc')['input_ids'] == [0, 1, 2]
+    flags = ['--start=abc', '--num_samples=1', '--max_new_tokens=3']
+    text = project.run('sample.py', '--init_from=eighteen-hf', *flags).stdout
+    assert text.startswith('abc')

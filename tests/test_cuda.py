@@ -17,7 +17,7 @@ from conftest import TINY
 from generate import new_cache, stream
 from model import GPT, GPTConfig
 from support import checkpoint as ckpt
-from support.device import lacking
+from support.device import missing_for_triton
 from support.graphs import Recorder
 from support.runlog import read_log
 
@@ -35,7 +35,7 @@ GPU = [
     '--lr_decay_iters=30',
 ]
 compiles = pytest.mark.skipif(
-    bool(lacking()) or importlib.util.find_spec('triton') is None,
+    bool(missing_for_triton()) or importlib.util.find_spec('triton') is None,
     reason='needs triton and a C compiler',
 )
 MUON = ['--optimizer=muon', '--pos=rotary', '--tie_embeddings=False', '--weight_decay=0.1']

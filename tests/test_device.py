@@ -6,28 +6,26 @@ import torch
 from support import device
 from support.device import cpu_threads, peak_flops, resolve, tune
 
+ARCHS = 'sm_50', 'sm_75', 'sm_90a', 'compute_120'
+
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Pretend: machine(capability=(8, 0)) has a GPU of that kind, machine(mps=True) is an Apple laptop."""
+    """machine((8, 0)) pretends to have a GPU of that capability, machine(mps=True) to be a Mac."""
 
-    def pretend(
-        capability=None,
-        mps=False,
-        triton=True,
-        lacking='',
-        gpus=1,
-        name='NVIDIA H200',
-        archs=('sm_50', 'sm_75', 'sm_90a', 'compute_120'),
-    ):
-        monkeypatch.setattr(torch.cuda, 'is_available', lambda: capability is not None)
-        monkeypatch.setattr(torch.cuda, 'device_count', lambda: gpus if capability else 0)
-        monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device=None: capability)
-        monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device=None: name)
-        monkeypatch.setattr(torch.cuda, 'get_arch_list', lambda: list(archs))
-        monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: mps)
-        monkeypatch.setattr('importlib.util.find_spec', lambda name: triton or None)
-        monkeypatch.setattr('support.device.lacking', lambda: lacking)
+    def pretend(capability=None, name='NVIDIA H200', archs=ARCHS, **others):
+        options = dict(mps=False, triton=True, missing='', gpus=1) | others
+        for attribute, value in (
+            ('torch.cuda.is_available', capability is not None),
+            ('torch.cuda.device_count', options['gpus'] if capability else 0),
+            ('torch.cuda.get_device_capability', capability),
+            ('torch.cuda.get_device_name', name),
+            ('torch.cuda.get_arch_list', list(archs)),
+            ('torch.backends.mps.is_available', options['mps']),
+            ('importlib.util.find_spec', options['triton'] or None),
+            ('support.device.missing_for_triton', options['missing']),
+        ):
+            monkeypatch.setattr(attribute, lambda *args, value=value: value)
         monkeypatch.delenv('LOCAL_RANK', raising=False)
 
     return pretend
@@ -37,23 +35,20 @@ def test_a_cpu_has_no_number():
     assert resolve('cpu:0', 'float32', False)[0] == 'cpu'
 
 
+A100, H100, T4, GTX_1080 = (8, 0), (9, 0), (7, 5), (6, 1)
+
+
 @pytest.mark.parametrize(
     'kind, want',
     [
         (dict(), ('cpu', 'float32', False)),
         (dict(mps=True), ('mps', 'float32', False)),
-        (dict(capability=(9, 0)), ('cuda:0', 'bfloat16', True)),
-        (dict(capability=(8, 0), triton=False), ('cuda:0', 'bfloat16', False)),  # Windows
-        (
-            dict(capability=(8, 0), lacking='a C compiler'),
-            ('cuda:0', 'bfloat16', False),
-        ),  # a bare image
-        (dict(capability=(7, 5)), ('cuda:0', 'float16', True)),  # T4: no bf16 units
-        (dict(capability=(6, 1)), ('cuda:0', 'float16', False)),  # too old for Triton
-        (
-            dict(capability=(9, 0), archs=['gfx90a', 'gfx942']),
-            ('cuda:0', 'bfloat16', True),
-        ),  # AMD's
+        (dict(capability=H100), ('cuda:0', 'bfloat16', True)),
+        (dict(capability=A100, triton=False), ('cuda:0', 'bfloat16', False)),  # Windows
+        (dict(capability=A100, missing='gcc'), ('cuda:0', 'bfloat16', False)),  # a bare image
+        (dict(capability=T4), ('cuda:0', 'float16', True)),  # no bf16 units
+        (dict(capability=GTX_1080), ('cuda:0', 'float16', False)),  # too old for Triton
+        (dict(capability=H100, archs=['gfx90a', 'gfx942']), ('cuda:0', 'bfloat16', True)),  # AMD
     ],
 )
 def test_auto_is_what_the_machine_can_do(machine, kind, want):
@@ -62,46 +57,33 @@ def test_auto_is_what_the_machine_can_do(machine, kind, want):
 
 
 def test_every_process_takes_its_own_gpu(machine, monkeypatch):
-    machine(capability=(9, 0), gpus=4)
+    machine(H100, gpus=4)
     monkeypatch.setenv('LOCAL_RANK', '3')
-    assert (
-        resolve('auto', 'auto', 'auto')[0] == 'cuda:3'
-        and resolve('cuda:1', 'auto', False)[0] == 'cuda:1'
-    )
+    assert resolve('auto', 'auto', 'auto')[0] == 'cuda:3'
+    assert resolve('cuda:1', 'auto', False)[0] == 'cuda:1'
+
+
+OLD = 'has compute capability 6.1, and this torch has code from 7.5 up; use --device=cpu'
+TRITON = 'needs the package triton and compute capability 7.0'
+AUTO = 'auto', 'auto'
 
 
 @pytest.mark.parametrize(
     'kind, asked, message',
     [
-        (dict(), ('cuda', 'auto', 'auto'), "device='cuda': .*try --device=auto"),
-        (dict(), ('mps', 'auto', 'auto'), 'no Apple GPU'),
-        (dict(), ('gpu', 'auto', 'auto'), "device='gpu' is none of"),
+        (dict(), ('cuda', *AUTO), "device='cuda': .*try --device=auto"),
+        (dict(), ('mps', *AUTO), 'no Apple GPU'),
+        (dict(), ('gpu', *AUTO), "device='gpu' is none of"),
         (dict(), ('cpu', 'fp8', 'auto'), "dtype='fp8' is none of"),
         (dict(), ('cpu', 'float16', 'auto'), 'float16.*needs a CUDA device'),
         (dict(), ('cpu', 'auto', 'yes'), "compile='yes' is none of"),
         (dict(), ('cpu', 'auto', False, 'int4'), "quantize='int4' is none of"),
-        (
-            dict(capability=(9, 0), gpus=1),
-            ('auto', 'auto', False, 'int8'),
-            'is for CPUs; add --device=cpu',
-        ),
-        (
-            dict(capability=(6, 1), archs=['sm_75', 'sm_90a']),
-            ('auto', 'auto', 'auto'),
-            'has compute capability 6.1, and this torch has code from 7.5 up; use --device=cpu',
-        ),
-        (
-            dict(capability=(6, 1)),
-            ('auto', 'auto', True),
-            'needs the package triton and compute capability 7.0',
-        ),
-        (dict(capability=(8, 0), triton=False), ('auto', 'auto', True), 'needs the package triton'),
-        (
-            dict(capability=(8, 0), lacking='a C compiler'),
-            ('auto', 'auto', True),
-            'needs a C compiler, for Triton',
-        ),
-        (dict(capability=(9, 0), gpus=2), ('cuda:2', 'auto', 'auto'), 'this machine has 2 GPU'),
+        (dict(capability=H100), (*AUTO, False, 'int8'), 'is for CPUs; add --device=cpu'),
+        (dict(capability=GTX_1080, archs=['sm_75', 'sm_90a']), ('auto', *AUTO), OLD),
+        (dict(capability=GTX_1080), (*AUTO, True), TRITON),
+        (dict(capability=A100, triton=False), (*AUTO, True), TRITON),
+        (dict(capability=A100, missing='gcc'), (*AUTO, True), 'needs gcc, for Triton'),
+        (dict(capability=H100, gpus=2), ('cuda:2', *AUTO), 'this machine has 2 GPU'),
     ],
 )
 def test_what_the_machine_cannot_do_is_a_one_line_error(machine, kind, asked, message):
@@ -110,12 +92,11 @@ def test_what_the_machine_cannot_do_is_a_one_line_error(machine, kind, asked, me
         resolve(*asked)
 
 
-def test_peak_flops_is_known_or_none_never_invented(machine):
-    machine(capability=(9, 0), name='NVIDIA H100 80GB HBM3')
-    assert peak_flops('cuda:0', 'bfloat16') == 989e12 and peak_flops('cuda:0', 'float32') is None
-    machine(capability=(9, 0), name='NVIDIA H100 PCIe')
-    assert peak_flops('cuda:0', 'bfloat16') == 756e12
-    for name, peak in (
+@pytest.mark.parametrize(
+    'name, peak',
+    [
+        ('NVIDIA H100 80GB HBM3', 989e12),
+        ('NVIDIA H100 PCIe', 756e12),
         ('NVIDIA A100-SXM4-80GB', 312e12),
         ('NVIDIA A100 80GB PCIe', 312e12),
         ('Tesla V100-SXM2-16GB', 125e12),
@@ -123,11 +104,13 @@ def test_peak_flops_is_known_or_none_never_invented(machine):
         ('NVIDIA H100 80GB HBM3 MIG 1g.10gb', None),
         ('NVIDIA GeForce RTX 4090 Laptop GPU', None),
         ('NVIDIA GeForce RTX 4090 D', None),
-    ):
-        machine(capability=(9, 0), name=name)
-        assert peak_flops('cuda:0', 'bfloat16') == peak, name
-    machine(capability=(9, 0), name='Some GPU of 2030')
-    assert peak_flops('cuda:0', 'bfloat16') is None and peak_flops('cpu', 'float32') is None
+        ('Some GPU of 2030', None),
+    ],
+)
+def test_peak_flops_is_known_or_none_never_invented(machine, name, peak):
+    machine(H100, name=name)
+    assert peak_flops('cuda:0', 'bfloat16') == peak
+    assert peak_flops('cuda:0', 'float32') is None and peak_flops('cpu', 'float32') is None
 
 
 @pytest.mark.skipif(not hasattr(os, 'sched_getaffinity'), reason='for Linux')
@@ -169,8 +152,8 @@ def test_what_triton_lacks_is_named(monkeypatch, tmp_path):
     monkeypatch.delenv('CC', raising=False)
     monkeypatch.setattr('sysconfig.get_path', lambda name: str(tmp_path))
     monkeypatch.setattr('shutil.which', lambda name: None)
-    assert device.lacking().startswith('a C compiler')
+    assert device.missing_for_triton().startswith('a C compiler')
     monkeypatch.setattr('shutil.which', lambda name: '/usr/bin/cc')
-    assert device.lacking().startswith("Python's headers")
+    assert device.missing_for_triton().startswith("Python's headers")
     (tmp_path / 'Python.h').write_text('')
-    assert device.lacking() == ''
+    assert device.missing_for_triton() == ''

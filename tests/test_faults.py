@@ -1,6 +1,6 @@
 """
 Runs that are killed, stopped, starved of disk, cut in two: what is lost, and whether the end is the same.
-`python -m pytest tests/test_faults.py` ends with the table that the README shows.
+`python -m pytest tests/test_faults.py` ends with the table of docs/training.md.
 """
 
 import contextlib
@@ -97,7 +97,6 @@ def outcome(folder):
         'lr',
         'grad_norm',
         'weight_norm',
-        'update_norm',
     )
     return [
         {name: checkpoint[name] for name in names},
@@ -163,7 +162,7 @@ def test_a_run_killed_at_random_moments_ends_the_same_bit_for_bit(runs, tried):
     tried(
         'kill -9 at a random moment, restart with --init_from=auto',
         f'{kills} kills, {while_saving} of them within a save',
-        f'{ends} runs came to their end, {different} results different',
+        f'{ends} runs completed, {different} results different',
     )
     assert different == 0 and while_saving > 0
 
@@ -217,9 +216,9 @@ def test_a_pipe_that_nobody_reads_any_more_ends_no_run(project, straight, tried)
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 3
     assert equal(outcome(project.path / 'unread'), outcome(straight))
     tried(
-        'output into a pipe whose reader has gone',
+        'output into a pipe whose reader has exited',
         'once',
-        'the run goes on without a word, the same result, exit code 0',
+        'the run continues, the same result, exit code 0',
     )
 
 
@@ -244,7 +243,7 @@ def test_a_full_disk_costs_no_more_than_that_save(runs, straight, tried):
     tried(
         'disk full at a save',
         '2 saves',
-        'one line each, the pair before stays, the next save holds all; exit code 0',
+        'one line each; the previous pair stays, the next save is complete; exit code 0',
     )
 
 
@@ -261,7 +260,7 @@ def test_a_disk_that_stays_full_leaves_the_last_good_pair_and_an_exit_code(runs,
         outcome(folder), outcome(straight)
     )
     assert not list(folder.glob('*.partial'))
-    tried('disk full at the last save', 'once', 'the pair before stays valid, exit code 1')
+    tried('disk full at the last save', 'once', 'the previous pair stays valid, exit code 1')
 
 
 def test_a_folder_that_goes_away_and_comes_back(runs, straight, tried):
@@ -284,9 +283,9 @@ def test_a_folder_that_goes_away_and_comes_back(runs, straight, tried):
     assert ckpt.load(str(away))['iter_num'] >= 5  # its optimizer file is there before it
     assert equal(outcome(folder)[:2], outcome(straight)[:2])
     tried(
-        'out_dir gone during a run',
+        'out_dir removed during a run',
         'once',
-        'one line a save, then the folder is made anew; lost: rows of the log',
+        'one line per save, then a new folder; lost: rows of the log',
     )
 
 
@@ -312,7 +311,7 @@ def test_a_flipped_bit_is_noticed_or_harmless(runs, straight, tmp_path, tried):
     tried(
         'one bit flipped in a checkpoint',
         '300 bits',
-        f'{refused} refused in one line, {300 - refused} in padding: content the same',
+        f'{refused} one-line errors, {300 - refused} in padding: content the same',
     )
 
 
@@ -322,7 +321,7 @@ def test_a_truncated_checkpoint_is_refused_at_any_length(straight, tmp_path, tri
         (tmp_path / 'ckpt.pt').write_bytes(content[:length])
         with pytest.raises(ValueError, match='truncated or damaged'):
             ckpt.load(str(tmp_path))
-    tried('checkpoint truncated', '53 lengths', 'refused in one line')
+    tried('checkpoint truncated', '53 lengths', 'one-line errors')
 
 
 def test_an_optimizer_file_that_is_missing_or_of_another_model_is_one_line(
@@ -352,7 +351,7 @@ def test_a_hostile_file_is_refused_and_executes_nothing(project, straight, tmp_p
     tried(
         'hostile checkpoint, optimizer file, meta.pkl',
         'one each',
-        'refused in one line, nothing executed',
+        'one-line errors, nothing executed',
     )
 
 

@@ -1,21 +1,21 @@
-"""Files are there whole or not at all, whoever writes beside; paths and streams of every kind."""
+"""Files are written whole or not at all; paths and streams of every kind work."""
 
-import io
 import os
 import subprocess
 import sys
 import time
 
 import pytest
-from conftest import ROOT, TINY, write_dataset
+from conftest import TINY, write_dataset
 
 from support import runlog
 from support.files import partial_name, remove_partials, write_whole
 
 posix = pytest.mark.skipif(os.name != 'posix', reason='needs POSIX')
+SAMPLE = ['--device=cpu', '--start=to', '--max_new_tokens=3']
 
 
-def test_two_writers_of_one_file_do_not_meet(tmp_path):
+def test_two_writers_of_one_file_do_not_disturb_each_other(tmp_path):
     path = str(tmp_path / 'a.txt')
 
     def write(f):
@@ -27,7 +27,7 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path):
     assert open(path, 'rb').read() == b'first' and os.listdir(tmp_path) == ['a.txt']
 
 
-def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path):
+def test_files_of_killed_writers_are_removed_and_nothing_else(tmp_path):
     left, mine = partial_name(str(tmp_path / 'ckpt.pt')), tmp_path / 'download.partial'
     open(left, 'w').close()
     mine.touch()
@@ -51,18 +51,11 @@ def test_a_device_a_pipe_and_a_link_stay_what_they_are(tmp_path):
 
 @posix
 def test_sample_writes_to_a_device(project, trained):
-    project.run(
-        'sample.py',
-        '--device=cpu',
-        f'--out_dir={trained[0]}',
-        '--start=to',
-        '--max_new_tokens=3',
-        '--output=/dev/null',
-    )
+    project.run('sample.py', *SAMPLE, f'--out_dir={trained[0]}', '--output=/dev/null')
     assert not os.path.isfile('/dev/null')
 
 
-def test_a_picture_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_a_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     (tmp_path / 'log.csv').write_text('iter,seconds,val_loss\n0,1.0,2.0\n5,2.0,1.0\n')
     png = str(tmp_path / 'loss.png')
     runlog.draw([str(tmp_path)], png)
@@ -81,18 +74,11 @@ def test_a_picture_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 @posix
-def test_a_second_run_in_the_same_folder_is_told(project):
-    slow = [
-        'train.py',
-        *TINY,
-        '--out_dir=out-two-runs',
-        '--max_iters=100000',
-        '--eval_interval=100000',
-        '--save_interval=100000',
-    ]
-    first = subprocess.Popen(
-        [sys.executable, *slow], cwd=project.path, stdout=subprocess.PIPE, text=True
-    )
+def test_a_second_run_in_the_same_folder_is_refused(project):
+    run = ['train.py', *TINY, '--out_dir=out-two-runs']
+    slow = [*run, *(f'--{name}=100000' for name in ('max_iters', 'eval_interval', 'save_interval'))]
+    command = [sys.executable, *slow]
+    first = subprocess.Popen(command, cwd=project.path, stdout=subprocess.PIPE, text=True)
     try:
         for line in first.stdout:
             if line.startswith('iter 3:'):
@@ -106,7 +92,7 @@ def test_a_second_run_in_the_same_folder_is_told(project):
     finally:
         first.kill()  # a dead run does not leave its lock in the way
         first.wait()
-    project.run(*slow[:-3], '--max_iters=2')
+    project.run(*run, '--max_iters=2')
 
 
 def test_a_run_may_follow_another_in_one_process(tmp_path):
@@ -121,13 +107,10 @@ def test_a_run_may_follow_another_in_one_process(tmp_path):
     [
         ('train.py', [*TINY, '--out_dir=out-closed', '--max_iters=2']),
         ('eval.py', ['--out_dir=out-trained', '--device=cpu']),
-        (
-            'sample.py',
-            ['--out_dir=out-trained', '--device=cpu', '--start=to', '--max_new_tokens=3'],
-        ),
+        ('sample.py', [*SAMPLE, '--out_dir=out-trained']),
     ],
 )
-def test_closed_streams_end_no_run(project, trained, script, flags):
+def test_scripts_run_with_closed_streams(project, trained, script, flags):
     command = f'"{sys.executable}" {script} {" ".join(flags)} >&- 2>&-'
     assert subprocess.run(['bash', '-c', command], cwd=project.path, timeout=120).returncode == 0
 
@@ -138,111 +121,62 @@ def test_closed_streams_end_no_run(project, trained, script, flags):
     [{}, {'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0'}],
     ids=['utf-8', 'ascii'],
 )
-def test_paths_and_names_of_any_bytes_are_fine(project, tmp_path, env):
+def test_paths_and_names_of_any_bytes_work(project, tmp_path, env):
+    def run(*args):
+        kwargs = dict(env={**os.environ, **env}, capture_output=True, timeout=120)
+        done = subprocess.run([sys.executable, *args], cwd=project.path, **kwargs)
+        assert done.returncode == 0, done.stderr
+
     for name in (b'a\xff', 'ä'.encode()):
         folder = os.fsencode(tmp_path) + b'/' + name
-        run = lambda *args: subprocess.run(
-            [sys.executable, *args],
-            cwd=project.path,
-            env={**os.environ, **env},
-            capture_output=True,
-            timeout=120,
-        )
-        train = run(
-            'train.py', *TINY, '--max_iters=2', b'--out_dir=' + folder, b'--wandb_run_name=' + name
-        )
-        assert train.returncode == 0, train.stderr
-        resumed = run(
-            'train.py',
-            *TINY,
-            '--max_iters=4',
-            '--init_from=resume',
-            '--always_save_checkpoint=False',
-            b'--out_dir=' + folder,
-        )
-        sample = run(
-            'sample.py', '--device=cpu', '--start=to', '--max_new_tokens=3', b'--out_dir=' + folder
-        )
-        repeat = run('train.py', folder + b'/config.py', '--max_iters=2')
-        assert [done.returncode for done in (resumed, sample, repeat)] == [0, 0, 0], (
-            resumed.stderr,
-            sample.stderr,
-            repeat.stderr,
-        )
+        train = ['train.py', *TINY, b'--out_dir=' + folder]
+        run(*train, '--max_iters=2', b'--wandb_run_name=' + name)
+        run(*train, '--max_iters=4', '--init_from=resume', '--always_save_checkpoint=False')
+        run('sample.py', *SAMPLE, b'--out_dir=' + folder)
+        run('train.py', folder + b'/config.py', '--max_iters=2')
 
 
 def test_scripts_run_from_any_folder(project, trained, tmp_path):
-    """Data and config lie beside the scripts, out_dir where one stands."""
-    run = lambda *args: subprocess.run(
-        [sys.executable, project.path / args[0], *args[1:]],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    """Data and config lie beside the scripts, out_dir in the current folder."""
+
+    def run(script, *args):
+        command = [sys.executable, project.path / script, *args]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+
     (project.path / 'config' / 'small.py').write_text('max_iters = 2\n')
     done = run('train.py', 'config/small.py', *TINY[:-2], '--out_dir=out-here')
     assert done.returncode == 0 and (tmp_path / 'out-here' / 'ckpt.pt').exists(), done.stderr
     assert run('eval.py', '--out_dir=out-here', '--device=cpu').returncode == 0
     missing = run('train.py', *TINY, '--dataset=shakespeare_char')
-    assert (
-        missing.returncode == 2
-        and str(project.path / 'data' / 'shakespeare_char' / 'prepare.py') in missing.stderr
-    )
+    prepare = project.path / 'data' / 'shakespeare_char' / 'prepare.py'
+    assert missing.returncode == 2 and str(prepare) in missing.stderr
 
 
 def test_a_home_folder_may_be_written_as_in_a_shell(project, tmp_path):
     env = {'HOME': str(tmp_path), 'USERPROFILE': str(tmp_path)}
     project.run('train.py', *TINY, '--max_iters=2', '--out_dir=~/out-home', env=env)
     (tmp_path / 'prompt.txt').write_text('to be')
-    out = project.run(
-        'sample.py',
-        '--device=cpu',
-        '--init_from=~/out-home',
-        '--start=FILE:~/prompt.txt',
-        '--max_new_tokens=3',
-        '--num_samples=1',
-        '--output=~/texts.jsonl',
-        env=env,
-    )
-    assert (tmp_path / 'texts.jsonl').exists() and out and not (project.path / '~').exists()
+    paths = ['--init_from=~/out-home', '--start=FILE:~/prompt.txt', '--output=~/texts.jsonl']
+    project.run('sample.py', *SAMPLE, *paths, '--num_samples=1', env=env)
+    assert (tmp_path / 'texts.jsonl').exists() and not (project.path / '~').exists()
 
 
 def test_a_vocabulary_without_a_newline_has_a_default_prompt_and_chats(project):
     write_dataset(project.path / 'data' / 'dna', 'ACGTTGCA' * 200)
     flags = [flag for flag in TINY if not flag.startswith('--dataset')]
     project.run('train.py', *flags, '--dataset=dna', '--max_iters=2', '--out_dir=out-dna')
-    out = project.run(
-        'sample.py', '--device=cpu', '--out_dir=out-dna', '--num_samples=1', '--max_new_tokens=5'
-    ).stdout
+    sample = ['sample.py', '--device=cpu', '--out_dir=out-dna', '--max_new_tokens=5']
+    out = project.run(*sample, '--num_samples=1').stdout
     assert set(out.split('\n')[0]) <= set('ACGT')
-    chat = subprocess.run(
-        [
-            sys.executable,
-            'sample.py',
-            '--device=cpu',
-            '--out_dir=out-dna',
-            '--interactive=True',
-            '--max_new_tokens=2',
-        ],
-        cwd=project.path,
-        input='AC\nGT\nA\n',
-        text=True,
-        capture_output=True,
-        timeout=120,
-    )
+    kwargs = dict(cwd=project.path, input='AC\nGT\nA\n', text=True, capture_output=True)
+    command = [sys.executable, *sample, '--interactive=True']
+    chat = subprocess.run(command, timeout=120, **kwargs)
     assert chat.returncode == 0 and 'lacks' not in chat.stdout
 
 
-def test_a_batch_larger_than_the_text_is_no_larger(project, trained):
+def test_a_batch_is_never_larger_than_the_text(project, trained):
+    score = ['eval.py', '--out_dir=out-trained', '--device=cpu']
     start = time.time()
-    want = project.run(
-        'eval.py', '--out_dir=out-trained', '--device=cpu', '--batch_size=1000'
-    ).stdout
-    assert (
-        project.run(
-            'eval.py', '--out_dir=out-trained', '--device=cpu', '--batch_size=10000000'
-        ).stdout
-        == want
-        and time.time() - start < 20
-    )
+    all_at_once = project.run(*score, '--batch_size=1000').stdout
+    assert project.run(*score, '--batch_size=10000000').stdout == all_at_once
+    assert time.time() - start < 20

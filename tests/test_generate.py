@@ -63,9 +63,9 @@ def test_log_probabilities_with_the_cache_equal_those_without(knobs):
         pad = torch.tensor([T - len(prompt) for prompt in batch])
         cache = KVCache(model.config, 32, pad)
         sequences = [list(prompt) for prompt in batch]
-        logits = model(
-            torch.tensor([[0] * (T - len(prompt)) + prompt for prompt in batch]), cache=cache
-        )[0][:, -1]
+        ids = torch.tensor([[0] * (T - len(prompt)) + prompt for prompt in batch])
+        cache.reserve(T)
+        logits = model(ids, cache=cache)[0][:, -1]
         for step in range(4):
             for b, sequence in enumerate(sequences):
                 if len(sequence) <= 16:
@@ -81,6 +81,7 @@ def test_log_probabilities_with_the_cache_equal_those_without(knobs):
                 sequence.append(t)
             if knobs.get('pos', 'learned') == 'learned' and max(map(len, sequences)) > 16:
                 break
+            cache.reserve(1)
             logits = model(token, cache=cache)[0][:, -1]
 
 
@@ -118,11 +119,13 @@ def test_other_positions_slide_beyond_block_size(pos):
     band = torch.zeros(T, T).masked_fill((distance < 0) | (distance >= 16), float('-inf'))
 
     class Everything(KVCache):
-        def begin(self, T, dtype):
-            at, bias = super().begin(T, dtype)
-            return at, (0.0 if bias is None else bias) + band
+        def advance(self, T, dtype):
+            at, bias = super().advance(T, dtype)
+            return at, bias + band
 
-    logits = model(ids, ids, cache=Everything(model.config, T, torch.tensor([0])))[0][0]
+    cache = Everything(model.config, T, torch.tensor([0]))
+    cache.reserve(T)
+    logits = model(ids, ids, cache=cache)[0][0]
     assert logits[4:-1].argmax(-1).tolist() == got
 
 
@@ -139,6 +142,7 @@ def test_a_text_that_goes_on_keeps_its_cache_and_is_the_same_as_made_at_once(pos
         assert cache.length == len(text) - 1
     alone = KVCache(model.config, 16, torch.tensor([0]))
     for i, token in enumerate(text):  # each token by itself
+        alone.reserve(1)
         logits = model(torch.tensor([[token]]), cache=alone)[0][0, -1]
         turn = i + 1 in (3, 8, 17, 29)
         if turn and i + 1 < len(text):

@@ -20,11 +20,11 @@ TAPED = f"""
 import os, runpy, sys
 sys.argv = sys.argv[1:]
 sys.path[:0] = ['.', {str(Path(__file__).parent)!r}]
-import device, model, muon, tape
-import torch
+import model, muon, tape, torch
+from support import graphs
 
 tape.install()
-device.can_record = lambda *args: os.environ['TAPE'] == '1'
+graphs.can_record = lambda *args: os.environ['TAPE'] == '1'
 set_rates = muon.set_rates
 def with_tensors(optimizer, lr, iteration): # as on CUDA
     for group in optimizer.param_groups:

@@ -7,7 +7,8 @@ import pytest
 import torch
 from test_model import MODERN
 
-from data.tokenizer import from_meta, make_meta
+from data.make_tokenizer import make_meta
+from data.tokenizer import from_meta
 from model import GPT, GPTConfig
 from support.hf import to_transformers
 

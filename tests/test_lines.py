@@ -10,17 +10,10 @@ import torch
 from conftest import TINY, write_dataset
 from test_tokenizer import fake_bpe  # noqa: F401, a fixture
 
-from data.lines import (
-    ASCII,
-    find_starts,
-    letters,
-    mask_targets,
-    read_lines,
-    read_questions,
-    write_lines,
-)
+from data.lines import ASCII, find_starts, mask_targets, read_lines, read_questions
 from data.loader import Loader
 from data.tokenizer import GPT2, char_meta, load_meta
+from data.write_lines import letters, write_lines
 
 META = char_meta('ab=\n')
 
@@ -44,11 +37,8 @@ def random_text(seed, n=3000):
 def loader(tmp_path, text, block_size, meta=META, **knobs):
     path = tmp_path / 'train.bin'
     np.array([meta['stoi'][c] for c in text], dtype=np.uint16).tofile(path)
-    lines = read_lines(
-        meta,
-        meta['vocab_size'],
-        **{'mask_before_token': '=', 'mask_per_line': True, 'align_to_lines': False, **knobs},
-    )
+    settings = {'mask_before_token': '=', 'mask_per_line': True, 'align_to_lines': False, **knobs}
+    lines = read_lines(meta, meta['vocab_size'], **settings)
     return Loader(str(path), block_size, 8, meta['vocab_size'], lines=lines)
 
 
@@ -56,7 +46,7 @@ def loader(tmp_path, text, block_size, meta=META, **knobs):
 @pytest.mark.parametrize('align', [True, False])
 @pytest.mark.parametrize('block_size', [1, 2, 7, 30])
 def test_targets_that_count_equal_those_found_by_hand(tmp_path, per_line, align, block_size):
-    """On random text, with empty lines, lines of several marks and of none; every training window of two epochs and every evaluation window."""
+    """All windows of two epochs, on random text: empty lines, lines with several marks and none."""
     for seed in range(3):
         text = random_text(seed)
         data = loader(tmp_path, text, block_size, mask_per_line=per_line, align_to_lines=align)
@@ -65,10 +55,8 @@ def test_targets_that_count_equal_those_found_by_hand(tmp_path, per_line, align,
         for start, x, y in zip(starts, X.tolist(), Y.tolist()):
             window = text[start : start + block_size + 1]
             assert ''.join(META['itos'][i] for i in x) == window[:-1]
-            want = [
-                META['stoi'][c] if counts else -1
-                for c, counts in zip(window[1:], counted_by_hand(window, per_line))
-            ]
+            counts = counted_by_hand(window, per_line)
+            want = [META['stoi'][c] if counts[i] else -1 for i, c in enumerate(window[1:])]
             assert y == want, (window, y, want)
         evaluated = [y for _, Y in data.eval_batches(10**6, 0, 1, 'cpu') for y in Y]
         assert all((y >= -1).all() for y in evaluated)
@@ -76,16 +64,10 @@ def test_targets_that_count_equal_those_found_by_hand(tmp_path, per_line, align,
 
 def test_what_counts_in_an_example():
     window = np.array([[META['stoi'][c] for c in 'b=a\na=bb\nab=']])
-    lines = read_lines(META, 4, '=', True, False)
-    assert (
-        ''.join('^' if counts else '.' for counts in mask_targets(window, lines)[0])
-        == '.^^..^^^...'
-    )
-    whole = read_lines(META, 4, '=', False, False)
-    assert (
-        ''.join('^' if counts else '.' for counts in mask_targets(window, whole)[0])
-        == '.^^^^^^^^^^'
-    )
+    for per_line, want in ((True, '.^^..^^^...'), (False, '.^^^^^^^^^^')):
+        lines = read_lines(META, 4, '=', per_line, False)
+        counts = mask_targets(window, lines)[0]
+        assert ''.join('.^'[int(c)] for c in counts) == want
 
 
 def test_aligned_windows_begin_with_lines_that_fit_and_reach_all_of_them(tmp_path):
@@ -99,11 +81,10 @@ def test_aligned_windows_begin_with_lines_that_fit_and_reach_all_of_them(tmp_pat
     T = max(1, round(len(fit) * 6 / len(text)))
     epoch = data.train_starts(np.arange((len(fit) + 1 - T) // T))
     assert len(set(epoch.tolist())) == len(epoch)  # none twice within an epoch
+    windows = {text[i : i + 6] for i in fit}
     for X, _ in data.eval_batches(3, 0, 1, 'cpu'):
-        assert all(
-            ''.join(META['itos'][i] for i in x) in {text[i : i + 6] for i in fit}
-            for x in X.tolist()
-        )
+        for x in X.tolist():
+            assert ''.join(META['itos'][i] for i in x) in windows
 
 
 def test_one_line_is_enough_to_align_to(tmp_path):
@@ -120,27 +101,20 @@ def test_line_starts_are_found_across_chunks(tmp_path):
 def test_without_masks_and_alignment_nothing_changes(tmp_path):
     assert read_lines(META, 4, '', True, False) is None
     plain = loader(tmp_path, random_text(1), 9, mask_before_token='')
-    assert (
-        plain.lines is None
-        and plain.targets == 8 * 9
-        and (plain.gather(np.arange(50))[1] >= 0).all()
-    )
+    assert plain.lines is None
+    assert plain.targets == 8 * 9
+    assert (plain.gather(np.arange(50))[1] >= 0).all()
     aligned = loader(tmp_path, random_text(1), 9, mask_before_token='', align_to_lines=True)
-    assert (
-        aligned.targets == 8 * 9
-        and (aligned.gather(aligned.train_starts(np.arange(50)))[1] >= 0).all()
-    )
+    assert aligned.targets == 8 * 9
+    assert (aligned.gather(aligned.train_starts(np.arange(50)))[1] >= 0).all()
 
 
 def test_bpe_tokens_mark_and_end_lines_too(fake_bpe):
     lines = read_lines(GPT2, 300, '=', True, True)
-    assert np.flatnonzero(lines.mark).tolist() == [ord('=')] and np.flatnonzero(
-        lines.newline
-    ).tolist() == [ord('\n')]
-    with pytest.raises(
-        ValueError,
-        match="mask_before_token='answer:' is 7 tokens in this vocabulary, it must be one",
-    ):
+    assert np.flatnonzero(lines.mark).tolist() == [ord('=')]
+    assert np.flatnonzero(lines.newline).tolist() == [ord('\n')]
+    message = "mask_before_token='answer:' is 7 tokens in this vocabulary, it must be one"
+    with pytest.raises(ValueError, match=message):
         read_lines(GPT2, 300, 'answer:', True, True)
 
 
@@ -153,11 +127,7 @@ def test_bpe_tokens_mark_and_end_lines_too(fake_bpe):
         (dict(), 'ab\n' * 9, 'so no target counts'),
         (dict(align_to_lines=True), 'a=b' * 9, 'has no newlines, so no lines to align to'),
         (dict(align_to_lines=True), 'aaaaaaa=bbbbb\n' * 9, 'no line fits in block_size=4'),
-        (
-            dict(align_to_lines=True, meta=char_meta('ab=')),
-            'a=b' * 9,
-            'the vocabulary has no newline',
-        ),
+        (dict(align_to_lines=True, meta=char_meta('ab=')), 'a=b', 'the vocabulary has no newline'),
     ],
 )
 def test_bad_input_is_refused(tmp_path, knobs, text, said):
@@ -167,25 +137,22 @@ def test_bad_input_is_refused(tmp_path, knobs, text, said):
 
 # -----------------------------------------------------------------------------
 # training
-LINES = [
-    *TINY,
-    '--dataset=sums',
-    '--mask_before_token==',
-    '--align_to_lines=True',
-    '--block_size=8',
-]
+LINES = [*TINY, '--dataset=sums', '--block_size=8']
+LINES += ['--mask_before_token==', '--align_to_lines=True']
 
 
 @pytest.fixture(scope='module')
 def sums(project):
-    write_dataset(
-        project.path / 'data' / 'sums',
-        ''.join(f'{a}+{b}={a + b}\n' for a in range(30) for b in range(30)),
-    )
+    text = ''.join(f'{a}+{b}={a + b}\n' for a in range(30) for b in range(30))
+    write_dataset(project.path / 'data' / 'sums', text)
     return project
 
 
-def test_the_share_of_targets_that_count_is_told_once(sums):
+def weights(project, out):
+    return torch.load(project.path / out / 'ckpt.pt', weights_only=True)['model']
+
+
+def test_the_share_of_targets_that_count_is_printed_once(sums):
     out = sums.run('train.py', *LINES, '--out_dir=out-sums').stdout
     assert len(re.findall(r'\d\d\.\d% of them targets that count', out)) == 1
 
@@ -194,61 +161,36 @@ def test_bad_lines_are_one_line_errors(sums):
     assert 'is 2 tokens' in sums.error('train.py', *LINES, '--mask_before_token=+=')
     assert "lacks '?'" in sums.error('train.py', *LINES, '--mask_before_token=?')
     write_dataset(sums.path / 'data' / 'unbroken', 'abc' * 100)
-    assert 'has no newline' in sums.error(
-        'train.py', *TINY, '--dataset=unbroken', '--align_to_lines=True'
-    )
+    flags = ['--dataset=unbroken', '--align_to_lines=True']
+    assert 'has no newline' in sums.error('train.py', *TINY, *flags)
     assert 'no line fits' in sums.error('train.py', *LINES, '--block_size=4')
 
 
-def test_targets_weigh_the_same_in_whichever_micro_batch_they_are(sums):
-    """Two micro-batches with unequally many targets give the weights of one batch of both."""
-    flags = [
-        *LINES,
-        '--max_iters=1',
-        '--mask_per_line=True',
-        '--align_to_lines=False',
-        '--block_size=5',
-    ]
-    weights = []
-    for batch_size, steps in ((8, 1), (2, 4)):
-        sums.run(
-            'train.py',
-            *flags,
-            f'--batch_size={batch_size}',
-            f'--gradient_accumulation_steps={steps}',
-            f'--out_dir=out-weigh-{steps}',
-        )
-        weights.append(
-            torch.load(sums.path / f'out-weigh-{steps}' / 'ckpt.pt', weights_only=True)['model']
-        )
-    assert all(torch.allclose(weights[0][name], weights[1][name], atol=1e-6) for name in weights[0])
+def test_targets_weigh_the_same_in_every_micro_batch(sums):
+    """Micro-batches with different numbers of targets give the weights of one whole batch."""
+    flags = ['--max_iters=1', '--mask_per_line=True', '--align_to_lines=False', '--block_size=5']
+    one = ['--batch_size=8', '--gradient_accumulation_steps=1', '--out_dir=out-weigh-1']
+    four = ['--batch_size=2', '--gradient_accumulation_steps=4', '--out_dir=out-weigh-4']
+    sums.run('train.py', *LINES, *flags, *one)
+    sums.run('train.py', *LINES, *flags, *four)
+    together, apart = weights(sums, 'out-weigh-1'), weights(sums, 'out-weigh-4')
+    assert all(torch.allclose(together[name], apart[name], atol=1e-6) for name in together)
 
 
 def test_a_micro_batch_without_targets_does_no_harm(sums):
     text = ('a' * 500 + '\n') * 20 + 'a=b\n' * 20
     write_dataset(sums.path / 'data' / 'sparse', text)
-    done = sums.run(
-        'train.py',
-        *LINES,
-        '--dataset=sparse',
-        '--align_to_lines=False',
-        '--batch_size=1',
-        '--out_dir=out-sparse',
-        '--eval_iters=2000',
-    )
-    assert (
-        'nan' not in (sums.path / 'out-sparse' / 'log.csv').read_text() and 'step 10' in done.stdout
-    )
+    flags = ['--dataset=sparse', '--align_to_lines=False', '--batch_size=1', '--eval_iters=2000']
+    done = sums.run('train.py', *LINES, *flags, '--out_dir=out-sparse')
+    assert 'step 10' in done.stdout
+    assert 'nan' not in (sums.path / 'out-sparse' / 'log.csv').read_text()
 
 
 def test_a_masked_run_resumes_exactly(sums):
     sums.run('train.py', *LINES, '--out_dir=out-whole')
     sums.run('train.py', *LINES, '--out_dir=out-parts', '--max_iters=5')
     sums.run('train.py', *LINES, '--out_dir=out-parts', '--init_from=resume')
-    whole, parts = (
-        torch.load(sums.path / out / 'ckpt.pt', weights_only=True)['model']
-        for out in ('out-whole', 'out-parts')
-    )
+    whole, parts = weights(sums, 'out-whole'), weights(sums, 'out-parts')
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
@@ -260,54 +202,45 @@ def prepare(name):
 
 def some_lines(name, n=20000, seed=1):
     questions, answers = prepare(name).make(np.random.default_rng(seed), n)
-    text = lambda rows: [row[row > 0].tobytes().decode() for row in rows]
-    return list(zip(text(questions), text(answers)))
+    return list(zip(texts(questions), texts(answers)))
+
+
+def texts(rows):
+    return [row[row > 0].tobytes().decode() for row in rows]
 
 
 def test_the_calculator_computes_as_fractions_do():
     """Python parses the expression and its fractions compute it; round() takes halves to the even one."""
     for question, answer in some_lines('calculator'):
-        value = eval(
-            re.sub(r'\d+(\.\d+)?', lambda m: f'Fraction("{m[0]}")', question),
-            {'__builtins__': {}, 'Fraction': Fraction},
-        )
+        expression = re.sub(r'\d+(\.\d+)?', r'Fraction("\g<0>")', question)
+        value = eval(expression, {'__builtins__': {}, 'Fraction': Fraction})
         assert Fraction(answer) == Fraction(round(value * 10**4), 10**4), (question, answer, value)
-        assert re.fullmatch(r'0|-?(0|[1-9]\d*)(\.\d{0,3}[1-9])?', answer) and answer != '-0'
+        assert re.fullmatch(r'0|-?(0|[1-9]\d*)(\.\d{0,3}[1-9])?', answer)
+        assert answer != '-0'
         assert abs(value) <= 10**10
 
 
 def test_halves_round_to_even_and_the_largest_values_are_in():
     calculator = prepare('calculator')
-    as_object = lambda *values: np.array(values, dtype=object)
-    top, bottom = (
-        as_object(1, 3, -1, -3, 5, 10**10),
-        as_object(20000, 20000, 20000, 20000, 10000, 1),
-    )
+    top = np.array([1, 3, -1, -3, 5, 10**10], dtype=object)
+    bottom = np.array([20000, 20000, 20000, 20000, 10000, 1], dtype=object)
     assert calculator.rounded(top, bottom).tolist() == [0, 2, 0, -2, 5, 10**14]
-    text = [
-        row[row > 0].tobytes().decode()
-        for row in calculator.written(
-            np.array([0, 5, -5, 10**14, 123450000, -(10**14), 10000, -12000])
-        )
-    ]
-    assert text == ['0', '0.0005', '-0.0005', '10000000000', '12345', '-10000000000', '1', '-1.2']
+    values = np.array([0, 5, -5, 10**14, 123450000, -(10**14), 10000, -12000])
+    want = ['0', '0.0005', '-0.0005', '10000000000', '12345', '-10000000000', '1', '-1.2']
+    assert texts(calculator.written(values)) == want
 
 
 def test_the_calculator_asks_what_it_says():
     questions = [question for question, _ in some_lines('calculator')]
-    kinds = [dict(prepare('calculator').kinds(question)) for question in questions]
-    assert {kind['operations'] for kind in kinds} == {'1', '2'} and {
-        kind['decimals'] for kind in kinds
-    } == set('01234')
-    assert {kind['operators'] for kind in kinds} >= {'+', '-', '*', '/', '* /'} and any(
-        '--' in question for question in questions
-    )
-    assert dict(prepare('calculator').kinds('-1.5--2.25*3')) == {
-        'operations': '2',
-        'operators': '* -',
-        'decimals': '2',
-        'mix': 'with * or /, two operations, at most 2 decimals',
-    }
+    kinds_of = prepare('calculator').kinds
+    kinds = [dict(kinds_of(question)) for question in questions]
+    assert {kind['operations'] for kind in kinds} == {'1', '2'}
+    assert {kind['decimals'] for kind in kinds} == set('01234')
+    assert {kind['operators'] for kind in kinds} >= {'+', '-', '*', '/', '* /'}
+    assert any('--' in question for question in questions)
+    mix = 'with * or /, two operations, at most 2 decimals'
+    want = [('operations', '2'), ('operators', '* -'), ('decimals', '2'), ('mix', mix)]
+    assert kinds_of('-1.5--2.25*3') == want
 
 
 def test_answers_may_be_reversed_and_operators_chosen(monkeypatch):
@@ -315,31 +248,24 @@ def test_answers_may_be_reversed_and_operators_chosen(monkeypatch):
     monkeypatch.setattr(prepare('calculator'), 'reverse_answer', True)
     assert some_lines('calculator', 500) == [(question, answer[::-1]) for question, answer in plain]
     monkeypatch.setattr(prepare('calculator'), 'operators', '+')
-    assert {
-        dict(prepare('calculator').kinds(question))['operators']
-        for question, _ in some_lines('calculator', 500)
-    } == {'+', '+ +'}
+    for question, _ in some_lines('calculator', 500):
+        assert dict(prepare('calculator').kinds(question))['operators'] in ('+', '+ +')
 
 
 def test_the_reverser_reverses():
     pairs = some_lines('reverser')
-    assert all(
-        question[::-1] == answer and '=' not in question and question == question.strip()
-        for question, answer in pairs
-    )
+    for question, answer in pairs:
+        assert question[::-1] == answer and '=' not in question and question == question.strip()
     assert {len(question) for question, _ in pairs} == set(range(3, 26))
     kinds = [dict(prepare('reverser').kinds(question))['kind'] for question, _ in pairs]
-    assert all(
-        kinds.count(kind) > len(pairs) / 6
-        for kind in ('lower case', 'mixed case', 'letters and digits', 'with spaces')
-    )
+    for kind in ('lower case', 'mixed case', 'letters and digits', 'with spaces'):
+        assert kinds.count(kind) > len(pairs) / 6
 
 
 def from_words(text):
     """The expression in digits, read word by word."""
-    values = dict(zip(prepare('wordcalc').ONES, range(20))) | dict(
-        zip(prepare('wordcalc').TENS[2:], range(20, 100, 10))
-    )
+    values = dict(zip(prepare('wordcalc').ONES, range(20)))
+    values |= zip(prepare('wordcalc').TENS[2:], range(20, 100, 10))
     signs = {'plus': '+', 'minus': '-', 'times': '*', 'divided': '/', 'by': ''}
     out, whole, part, behind = '', None, 0, False
     for word in text.split() + ['end']:
@@ -362,59 +288,52 @@ def test_words_say_the_digits():
     for question, answer in some_lines('wordcalc'):
         assert from_words(question) == answer, (question, answer)
     kinds = prepare('wordcalc').kinds
-    assert kinds('minus one minus minus two point five') == [
-        ('operations', '1'),
-        ('decimals', 'some'),
-    ]
-    assert kinds('one divided by minus two plus three') == [
-        ('operations', '2'),
-        ('decimals', 'none'),
-    ]
+    question = 'minus one minus minus two point five'
+    assert kinds(question) == [('operations', '1'), ('decimals', 'some')]
+    question = 'one divided by minus two plus three'
+    assert kinds(question) == [('operations', '2'), ('decimals', 'none')]
 
 
 @pytest.mark.parametrize('name', ['calculator', 'reverser', 'wordcalc'])
 def test_a_dataset_of_lines_is_the_same_every_time_and_its_splits_share_no_question(name, project):
-    folder = project.path / 'data' / name
-    out = project.run(f'data/{name}/prepare.py', '--num_examples=60000').stdout
-    files = {
-        file: (folder / file).read_bytes()
-        for file in ('input.txt', 'train.bin', 'val.bin', 'meta.pkl')
-    }
-    project.run(f'data/{name}/prepare.py', '--num_examples=60000')
-    assert files == {file: (folder / file).read_bytes() for file in files} and not list(
-        folder.glob('*.partial')
-    )
-    meta = load_meta(folder / 'meta.pkl')
-    split = {
-        name: ''.join(
-            meta['itos'][i] for i in np.fromfile(folder / f'{name}.bin', dtype=np.uint16)
-        ).splitlines()
-        for name in ('train', 'val')
-    }
-    assert (
-        files['input.txt'].decode().splitlines() == split['train'] + split['val']
-        and len(split['train'] + split['val']) == 60000
-    )
-    train, val = ({line.partition('=')[0] for line in split[name]} for name in ('train', 'val'))
-    assert not train & val and 0.03 < len(split['val']) / 60000 < 0.07
-    assert (
-        max(map(len, split['train'] + split['val'])) <= 64 and f'{len(split["val"]):,} lines' in out
-    )
-    project.run(f'data/{name}/prepare.py', '--num_examples=60000', '--seed=2')
+    folder, script = project.path / 'data' / name, f'data/{name}/prepare.py'
+
+    def read_files():
+        names = ('input.txt', 'train.bin', 'val.bin', 'meta.pkl')
+        return {file: (folder / file).read_bytes() for file in names}
+
+    def read_split(file):
+        itos = load_meta(folder / 'meta.pkl')['itos']
+        ids = np.fromfile(folder / file, dtype=np.uint16).tolist()
+        return ''.join(itos[i] for i in ids).splitlines()
+
+    out = project.run(script, '--num_examples=60000').stdout
+    files = read_files()
+    project.run(script, '--num_examples=60000')
+    assert files == read_files()
+    assert not list(folder.glob('*.partial'))
+    train, val = read_split('train.bin'), read_split('val.bin')
+    assert files['input.txt'].decode().splitlines() == train + val
+    assert len(train + val) == 60000 and 0.03 < len(val) / 60000 < 0.07
+    assert f'{len(val):,} lines' in out
+    assert max(map(len, train + val)) <= 64
+    asked, held_out = ({line.partition('=')[0] for line in lines} for lines in (train, val))
+    assert not asked & held_out
+    project.run(script, '--num_examples=60000', '--seed=2')
     assert files['train.bin'] != (folder / 'train.bin').read_bytes()
 
 
-def test_too_few_examples_and_impossible_numbers_are_refused(project):
-    assert 'num_examples=10 must be at least 1000' in project.error(
-        'data/reverser/prepare.py', '--num_examples=10'
-    )
-    assert 'max_operations=3 must be from 1 to 2' in project.error(
-        'data/calculator/prepare.py', '--max_operations=3'
-    )
-    assert 'seed=-1 must not be negative' in project.error('data/wordcalc/prepare.py', '--seed=-1')
-    assert "operators='%' must be some of" in project.error(
-        'data/calculator/prepare.py', '--operators=%'
-    )
+@pytest.mark.parametrize(
+    'name, flag, message',
+    [
+        ('reverser', '--num_examples=10', 'num_examples=10 must be at least 1000'),
+        ('calculator', '--max_operations=3', 'max_operations=3 must be from 1 to 2'),
+        ('calculator', '--operators=%', "operators='%' must be some of"),
+        ('wordcalc', '--seed=-1', 'seed=-1 must not be negative'),
+    ],
+)
+def test_too_few_examples_and_impossible_numbers_are_refused(project, name, flag, message):
+    assert message in project.error(f'data/{name}/prepare.py', flag)
 
 
 def test_an_interrupted_preparation_leaves_nothing_half_written(tmp_path):
@@ -428,20 +347,16 @@ def test_an_interrupted_preparation_leaves_nothing_half_written(tmp_path):
 
 def test_questions_are_read_back(tmp_path):
     words = letters(['ab', 'b', 'ccc'])
-    write_lines(
-        str(tmp_path),
-        lambda rng, n: (
-            words[rng.integers(3, size=(n, 9))].reshape(n, -1),
-            words[rng.integers(3, size=n)],
-        ),
-        5000,
-        1,
-    )
+
+    def make(rng, n):
+        questions = words[rng.integers(3, size=(n, 9))].reshape(n, -1)
+        return questions, words[rng.integers(3, size=n)]
+
+    write_lines(str(tmp_path), make, 5000, 1)
     lines = read_lines(ASCII, len(ASCII['stoi']), '=', True, True)
     text = (tmp_path / 'input.txt').read_text().splitlines()
     val = [line for line in text if zlib.crc32(line.partition('=')[0].encode()) < 0.05 * 2**32]
     found = read_questions(tmp_path / 'val.bin', lines, 10**6)
-    assert [''.join(ASCII['itos'][i] for i in q + a) for q, a in found] == [
-        line + '\n' for line in val
-    ]
+    pairs = [''.join(ASCII['itos'][i] for i in question + answer) for question, answer in found]
+    assert pairs == [line + '\n' for line in val]
     assert len(read_questions(tmp_path / 'val.bin', lines, 7)) == 7

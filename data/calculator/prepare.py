@@ -20,22 +20,23 @@ seed = 1337  # the same seed gives the same files
 max_operations = 2  # operations in an expression at most, 1 or 2
 max_digits = 3  # digits before the point at most, 1 to 6
 max_places = 4  # digits after it at most, 0 to 4; three in five numbers are integers
-operators = '++--*/'  # each as often as it stands here: sums are what a small model can learn
-reverse_answer = (
-    False  # True: answers from their last digit to their first, as one computes them on paper
-)
+operators = '++--*/'  # drawn from these; sums twice as often, which small models can learn
+reverse_answer = False  # True: answers from the last digit to the first, as computed on paper
 if __name__ == '__main__':
     config, _ = configure(globals())
 
 import numpy as np
 
-from data.lines import write_lines
+from data.write_lines import write_lines
 
 ONE = 10**4  # numbers are integers in units of the fourth decimal place
 
 
 def numbers(rng, n):
-    """n numbers: as many below 10 as below 100 and below 1000; half get no decimals, half 0 to 4; one in eight negative."""
+    """
+    n numbers. They have 1 to max_digits digits before the point, as many of each; half have 0 to
+    max_places decimals, the others none; one in eight is negative.
+    """
     whole = rng.integers(10 ** rng.integers(1, max_digits + 1, n))
     places = np.where(rng.random(n) < 0.5, 0, rng.integers(0, max_places + 1, n))
     decimals = rng.integers(10**places) * 10 ** (4 - places)
@@ -43,94 +44,103 @@ def numbers(rng, n):
 
 
 def combine(left, op, right):
-    """left op right, elementwise and exact: fractions as pairs of arrays of Python's integers, op of '+-*/'."""
+    """left op right, elementwise. Fractions are pairs of object arrays, so they stay exact."""
     (a, b), (c, d) = left, right
-    top, bottom = a * d + b * c, b * d
-    for sign, values in (
-        ('-', (a * d - b * c, b * d)),
-        ('*', (a * c, b * d)),
-        ('/', (a * d, b * c)),
-    ):
-        top, bottom = np.where(op == sign, values[0], top), np.where(op == sign, values[1], bottom)
-    return top, bottom
+    tops = [a * d + b * c, a * d - b * c, a * c]
+    top = np.select([op == '+', op == '-', op == '*'], tops, default=a * d)
+    return top, np.where(op == '/', b * c, b * d)
+
+
+def evaluate(a, first, b, second, c):
+    """a first b second c with the usual precedence, as a fraction; without second, a first b."""
+    x, y, z = ((v.astype(object), np.full(len(v), ONE, dtype=object)) for v in (a, b, c))
+    z = np.where(second == '', 0, z[0]), z[1]
+    second = np.where(second == '', '+', second)
+    second_binds = np.isin(first, ['+', '-']) & np.isin(second, ['*', '/'])
+    right_first = combine(x, first, combine(y, second, z))
+    left_first = combine(combine(x, first, y), second, z)
+    top = np.where(second_binds, right_first[0], left_first[0])
+    return top, np.where(second_binds, right_first[1], left_first[1])
 
 
 def rounded(top, bottom):
     """top / bottom in units of the fourth decimal place, halves to the even one, as int64."""
     top, bottom = np.where(bottom < 0, -top, top) * ONE, abs(bottom)
     down, rest = top // bottom, top % bottom
-    return (down + ((2 * rest > bottom) | ((2 * rest == bottom) & (down % 2 == 1)))).astype(
-        np.int64
-    )
+    is_half = 2 * rest == bottom
+    up = (2 * rest > bottom) | (is_half & (down % 2 == 1))
+    return (down + up).astype(np.int64)
 
 
 def written(values, width=11):
-    """Numbers in units of the fourth decimal place as rows of bytes (n, width + 6), without zeros that say nothing."""
+    """
+    Numbers in units of the fourth decimal place as rows of bytes (n, width + 6), without leading
+    and trailing zeros.
+    """
     powers = 10 ** np.arange(width + 3, -1, -1)
-    digits = (abs(values)[:, None] // powers % 10 + ord('0')).astype(np.uint8)  # (n, width + 4)
+    sizes = abs(values)[:, None]
+    digits = (sizes // powers % 10 + ord('0')).astype(np.uint8)  # (n, width + 4)
     before, after = digits[:, :width], digits[:, width:]
-    before[:, :-1] *= abs(values)[:, None] >= powers[: width - 1]
-    after *= abs(values)[:, None] % (powers[width:] * 10) > 0
-    minus, point = (values < 0) * np.uint8(ord('-')), (after[:, 0] > 0) * np.uint8(ord('.'))
+    before[:, :-1][sizes < powers[: width - 1]] = 0
+    after[sizes % (powers[width:] * 10) == 0] = 0
+    minus = np.where(values < 0, ord('-'), 0).astype(np.uint8)
+    point = np.where(after[:, 0] > 0, ord('.'), 0).astype(np.uint8)
     return np.hstack([minus[:, None], before, point[:, None], after])
 
 
 def make(rng, n):
-    """At most n expressions and their values; what divides by zero or goes beyond 1e10 is left out."""
+    """
+    At most n expressions and their values, rows of bytes. Skips expressions that divide by zero and
+    values beyond 1e10.
+    """
     a, b, c = (numbers(rng, n) for _ in range(3))
     first, second = (rng.choice(list(operators), n) for _ in range(2))
     second = np.where(rng.integers(1, max_operations + 1, n) == 2, second, '')
-    binds = np.isin(first, ['+', '-']) & np.isin(
-        second, ['*', '/']
-    )  # the second operation comes first
-    x, y, z = ((v.astype(object), np.full(n, ONE, dtype=object)) for v in (a, b, c))
-    fill = np.where(second == '', '+', second)
-    z = np.where(second == '', 0, z[0]), z[1]
-    late, early = combine(x, first, combine(y, fill, z)), combine(combine(x, first, y), fill, z)
-    top, bottom = (np.where(binds, l, e) for l, e in zip(late, early))
-    divides = ((first == '/') & (b == 0)) | ((second == '/') & (c == 0))
-    keep = ~divides & (bottom != 0)
+    top, bottom = evaluate(a, first, b, second, c)
+    divides_by_zero = ((first == '/') & (b == 0)) | ((second == '/') & (c == 0))
+    keep = ~divides_by_zero & (bottom != 0)
     bottom[~keep] = 1
     keep &= abs(top) <= 10**10 * abs(bottom)
     values = rounded(np.where(keep, top, 0), bottom)
-    signs = [
-        np.where(
-            op == '', 0, np.frombuffer(np.where(op == '', '+', op).astype('S1').tobytes(), np.uint8)
-        ).astype(np.uint8)[:, None]
-        for op in (first, second)
-    ]
-    last = written(c, 6) * (second != '')[:, None]
-    return np.hstack([written(a, 6), signs[0], written(b, 6), signs[1], last])[keep], written(
-        values
-    )[keep][:, :: -1 if reverse_answer else 1]
+    signs = [op.astype('S1').view(np.uint8)[:, None] for op in (first, second)]
+    last = written(c, 6)
+    last[second == ''] = 0
+    questions = np.hstack([written(a, 6), signs[0], written(b, 6), signs[1], last])
+    answers = written(values)
+    if reverse_answer:
+        answers = answers[:, ::-1]
+    return questions[keep], answers[keep]
 
 
 def kinds(question):
     """[(column, kind)] under which eval.py counts this question."""
     parts = re.findall(r'(-?\d+(?:\.\d+)?)([-+*/]?)', question)
-    operators = ' '.join(sorted(op for _, op in parts if op))
+    used = sorted(op for _, op in parts if op)
     places = max(len(number.partition('.')[2]) for number, _ in parts)
-    sums = 'sums and differences' if set(operators) <= set('+- ') else 'with * or /'
-    mix = f'{sums}, {"one operation" if len(parts) == 2 else "two operations"}, {"at most 2" if places <= 2 else "3 or 4"} decimals'
+    sums = 'sums and differences' if set(used) <= {'+', '-'} else 'with * or /'
+    count = 'one operation' if len(parts) == 2 else 'two operations'
+    decimals = 'at most 2 decimals' if places <= 2 else '3 or 4 decimals'
     return [
         ('operations', str(len(parts) - 1)),
-        ('operators', operators),
+        ('operators', ' '.join(used)),
         ('decimals', str(places)),
-        ('mix', mix),
+        ('mix', f'{sums}, {count}, {decimals}'),
     ]
 
 
 def answer(question):
-    """The value of an expression of any length, written as in the lines; None where it has none."""
+    """The value of an expression of any length, as in the lines; None if it has none."""
     number = r'\d+(?:\.\d+)?'
-    if not re.fullmatch(f'-?{number}([-+*/]-?{number})*', question):  # eval() gets no other
+    if not re.fullmatch(f'-?{number}([-+*/]-?{number})*', question):  # eval() gets nothing else
         return None
     try:
         value = round(eval(re.sub(number, r'Fraction("\g<0>")', question)) * ONE)
     except ZeroDivisionError:
         return None
-    text = written(np.array([value])) if abs(value) <= 10**10 * ONE else np.zeros((1, 0), np.uint8)
-    return text[text > 0].tobytes().decode() or None
+    if abs(value) > 10**10 * ONE:
+        return None
+    text = written(np.array([value]))
+    return text[text > 0].tobytes().decode()
 
 
 if __name__ == '__main__':

@@ -20,28 +20,20 @@ if __name__ == '__main__':
 
 import numpy as np
 
-from data.lines import write_lines
+from data.write_lines import write_lines
 
 LOWER, LETTERS = string.ascii_lowercase, string.ascii_letters
 BOTH = LETTERS + string.digits
-ALPHABETS = LOWER, LETTERS, BOTH, LOWER, BOTH
-NAMES = (
-    'lower case',
-    'mixed case',
-    'letters and digits',
-    'with spaces',
-    'letters, digits and spaces',
-)
+ALPHABETS = LOWER, LETTERS, BOTH, LOWER, BOTH  # of the kinds; the last two have spaces
 
 
 def make(rng, n):
-    """n strings of 3 to 25 characters and their reversals (n, 25), fewer of the last kind."""
+    """n strings of 3 to 25 characters and their reversals, (n, 25); fewer of the last kind."""
     kind, length, place = rng.integers(9, size=n) // 2, rng.integers(3, 26, n), np.arange(25)
     text = np.zeros((n, 25), dtype=np.uint8)
     for k, alphabet in enumerate(ALPHABETS):
-        text[kind == k] = rng.choice(
-            np.frombuffer(alphabet.encode(), np.uint8), ((kind == k).sum(), 25)
-        )
+        characters = np.frombuffer(alphabet.encode(), np.uint8)
+        text[kind == k] = rng.choice(characters, ((kind == k).sum(), 25))
     inner = (place > 0) & (place < length[:, None] - 1)
     text[(rng.random((n, 25)) < 0.15) & inner & (kind >= 3)[:, None]] = ord(' ')
     text[place >= length[:, None]] = 0
@@ -50,13 +42,19 @@ def make(rng, n):
     return text, back
 
 
+def kind_of(question):
+    has_digits = any(map(str.isdigit, question))
+    lower = question.islower() and not has_digits
+    if ' ' in question:
+        return 'with spaces' if lower else 'letters, digits and spaces'
+    if has_digits:
+        return 'letters and digits'
+    return 'lower case' if lower else 'mixed case'
+
+
 def kinds(question):
     """[(column, kind)] under which eval.py counts this question."""
-    plain, digits = question.islower(), any(map(str.isdigit, question))
-    last = 2 if digits else 0 if plain else 1
-    if ' ' in question:
-        last = 3 if plain and not digits else 4
-    return [('characters', f'{len(question):2d}'), ('kind', NAMES[last])]
+    return [('characters', f'{len(question):2d}'), ('kind', kind_of(question))]
 
 
 def answer(question):

