@@ -113,15 +113,15 @@ def check(config, names, least=None, above=None, below=None, most=None, choices=
         largest = 2**31 - 1 if most is None and type(value) is int else most
         if choices is not None and value not in choices:
             raise ValueError(f'{name}={value!r} is none of {", ".join(map(repr, choices))}')
-        if least == 0 and value < 0:
+        if least == 0 and not value >= 0:  # not: nan too
             raise ValueError(f'{name}={value} must not be negative')
-        if least is not None and value < least:
+        if least is not None and not value >= least:
             raise ValueError(f'{name}={value} must be at least {least}')
-        if above is not None and value <= above:
+        if above is not None and not value > above:
             raise ValueError(f'{name}={value} must be more than {above}')
-        if below is not None and value >= below:
+        if below is not None and not value < below:
             raise ValueError(f'{name}={value} must be less than {below}')
-        if largest is not None and value > largest:
+        if largest is not None and not value <= largest:
             raise ValueError(f'{name}={value} must be at most {largest}')
 
 

@@ -1,42 +1,42 @@
 """
-Score a trained run, any checkpoint, or GPT-2: loss, perplexity and bits per byte, for tasks on lines how many of them
-are answered right, or the benchmarks of the lm-evaluation-harness.
+Score a trained run, any checkpoint, or GPT-2: loss, perplexity, bits per byte and, for tasks on
+lines, the share of right answers; or the benchmarks of the lm-evaluation-harness.
 
 $ python eval.py --out_dir=out-shakespeare-char
 $ python eval.py --out_dir=out-calculator --num_lines=1000
-$ python eval.py --init_from=gpt2 --tasks=lambada_openai,hellaswag,arc_easy,piqa --output=gpt2.json
+$ python eval.py --init_from=gpt2 --tasks=lambada_openai,hellaswag,piqa --output=gpt2.json
 $ torchrun --standalone --nproc_per_node=8 eval.py --init_from=gpt2-xl --dataset=openwebtext
 """
 
 from configurator import check, configure, writable
 
 # -----------------------------------------------------------------------------
-# what
-init_from = 'resume'  # out_dir's best.pt, else its ckpt.pt; or other weights: a folder, a file, a hub name such as 'gpt2-xl'
+# what to score
+init_from = 'resume'  # out_dir's best.pt or ckpt.pt; or a folder, a file, a hub name: 'gpt2-xl'
 out_dir = 'out'  # folder of the run to score
-dataset = ''  # a folder of data/ that was prepared, '': the one that the run was trained on
+dataset = ''  # a prepared folder of data/, '': the one that the run was trained on
 # how much
-eval_iters = 200  # batches for the loss of each split; the whole split when it has fewer
+eval_iters = 200  # batches per split for the loss, at most the whole split
 batch_size = 16  # sequences per batch and process
-block_size: int | None = None  # tokens of a sequence, None: as many as the model sees
-num_lines = 10000  # for tasks on lines: how many lines of the validation split to answer, 0: none
-show_wrong = 10  # how many wrong answers to show
-# benchmarks, of the package lm_eval
-tasks = ''  # its names for them with commas between; they take the place of the losses
-include_path = ''  # a folder with tasks of your own, as YAML
-num_fewshot: int | None = None  # examples before each question, None: as the task has it
-limit: float | None = None  # questions of each task, or below 1 the share of them, None: all
-output = ''  # a .json file for the results
+block_size: int | None = None  # tokens per sequence, None: the model's block_size
+num_lines = 10000  # for tasks on lines: number of lines of the validation split to answer, 0: none
+show_wrong = 10  # number of wrong answers to print
+# benchmarks (package lm_eval)
+tasks = ''  # names of its tasks, separated by commas; they replace the losses
+include_path = ''  # folder with tasks of your own, as YAML
+num_fewshot: int | None = None  # examples before each question, None: the default of the task
+limit: float | None = None  # number of questions per task, below 1 a fraction of them, None: all
+output = ''  # write the results to this .json file
 # system
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'
-dtype = 'auto'  # as in train.py; or 'float32', 'bfloat16', 'float16'
-quantize = ''  # 'int8': weights of 8 bits, as sample.py can use them on a CPU
+dtype = 'auto'  # 'float32', 'bfloat16', 'float16'
+quantize = ''  # 'int8': 8-bit weights, as sample.py can use them on a CPU
 config, given = configure(
     globals(),
-    recipes_of=('train.py', 'model.py:GPTConfig'),
-    ignore_from_recipes=('init_from', 'eval_iters', 'batch_size', 'block_size'),
+    recipes_of=('train.py', 'model.py:GPTConfig'),  # a training recipe sets out_dir and device
+    ignore_from_recipes=('init_from', 'eval_iters', 'batch_size', 'block_size'),  # for training
     paths=('out_dir', 'init_from', 'include_path', 'output'),
-)  # a training recipe tells out_dir and device
+)
 
 # -----------------------------------------------------------------------------
 import importlib.util
@@ -59,6 +59,8 @@ from support.distributed import print0
 from support.files import write_whole
 from support.runlog import perplexity
 
+LOGITS = 2**27  # maximum number in a batch of questions: half a GB in float32
+
 check(config, 'eval_iters batch_size block_size', least=1)
 check(config, 'num_lines show_wrong num_fewshot', least=0)
 check(config, 'limit', above=0)
@@ -66,7 +68,8 @@ writable(config, 'output')
 for name in ('output', 'include_path', 'num_fewshot', 'limit'):
     if name in given and not tasks:
         raise ValueError(f'{name} is for benchmarks; add --tasks=hellaswag or another')
-device, dtype, _ = resolve(device, 'auto' if dtype == 'fast' else dtype, False, quantize)
+dtype = 'auto' if dtype == 'fast' else dtype  # for training only
+device, dtype, _ = resolve(device, dtype, False, quantize)
 tune(device, lengths_vary=True)
 rank, world_size = parallel.start('auto', device, 600, int(os.environ.get('WORLD_SIZE', 1)))
 ctx = autocast(device, dtype)
@@ -76,19 +79,20 @@ ctx = autocast(device, dtype)
 source = ckpt.best(out_dir) if init_from == 'resume' else init_from
 model, loaded = weights.open_model(source)
 model.eval().to(device)
-block_size = model.config.block_size if block_size is None else block_size
-if block_size > model.config.block_size:
-    raise ValueError(
-        f'block_size={block_size} is more than the {model.config.block_size} of {source}'
-    )
+longest = model.config.block_size
+block_size = longest if block_size is None else block_size
+if block_size > longest:
+    raise ValueError(f'block_size={block_size} is more than the {longest} of {source}')
 num_params = model.get_num_params()
 if quantize:
     pack(model.to(DTYPES[dtype]), int8=True)
-trained = loaded.get('config', {})
+trained = loaded.get('config', {})  # the settings of its training
+
 
 # -----------------------------------------------------------------------------
 # benchmarks
-if tasks:
+def run_benchmarks():
+    """Print the harness's table for `tasks` and write the results into `output`."""
     if world_size > 1:
         raise ValueError('benchmarks run in one process; leave torchrun away')
     try:
@@ -107,16 +111,17 @@ if tasks:
             log_samples=False,
             task_manager=lm_eval.tasks.TaskManager(include_path=include_path or None),
         )
-    except (
-        Exception
-    ) as e:  # tasks that are unknown, and data that cannot be reached, have many kinds
-        raise ValueError(
-            f'tasks={tasks}: {(str(e).strip() or type(e).__name__).splitlines()[0]}'
-        ) from e
+    except Exception as e:  # many kinds, for unknown tasks and for data that cannot be reached
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise ValueError(f'tasks={tasks}: {reason}') from e
     print0(lm_eval.utils.make_table(results))
     if output:
-        told = {name: results[name] for name in ('results', 'n-shot', 'n-samples', 'versions')}
-        write_whole(output, lambda f: f.write(json.dumps(told, indent=1, default=str).encode()))
+        kept = {name: results[name] for name in ('results', 'n-shot', 'n-samples', 'versions')}
+        write_whole(output, lambda f: f.write(json.dumps(kept, indent=1, default=str).encode()))
+
+
+if tasks:
+    run_benchmarks()
     raise SystemExit
 
 # -----------------------------------------------------------------------------
@@ -129,17 +134,13 @@ meta = loaded.get('meta') or dataset_meta(data_dir)
 weights.check_tokenizer(loaded, source, data_dir)
 tokenizer = from_meta(meta)
 mark = trained.get('mask_before_token', '')
-lines = read_lines(
-    meta,
-    model.config.vocab_size,
-    mark,
-    trained.get('mask_per_line', True),
-    trained.get('align_to_lines', False),
-)
-print0(
-    f'{source}: {num_params / 1e6:.2f}M parameters on {device}, {quantize or dtype}'
-    + (f', after {loaded["iter_num"]:,} iterations' if 'iter_num' in loaded else '')
-)
+mask_per_line = trained.get('mask_per_line', True)
+align_to_lines = trained.get('align_to_lines', False)
+lines = read_lines(meta, model.config.vocab_size, mark, mask_per_line, align_to_lines)
+about = f'{source}: {num_params / 1e6:.2f}M parameters on {device}, {quantize or dtype}'
+if 'iter_num' in loaded:
+    about += f', after {loaded["iter_num"]:,} iterations'
+print0(about)
 
 
 # -----------------------------------------------------------------------------
@@ -149,18 +150,19 @@ def evaluate(X, Y):
         return model(X, Y)[1]
 
 
-bytes_of = torch.tensor(byte_counts(meta), device=device)
-for split in ('train', 'val'):
+def score_split(split):
+    """Print loss, perplexity and bits per byte of a split, over fixed windows, on all ranks."""
     path = os.path.join(data_dir, f'{split}.bin')
     must_exist(path)
-    windows = max(
-        1, (must_hold(path, block_size)[0] - 1) // block_size
-    )  # batches are filled up to their full size
-    data = Loader(path, block_size, min(batch_size, windows), model.config.vocab_size, lines=lines)
+    num_tokens, _ = must_hold(path, block_size)
+    # batches are filled to their full size, so it is at most the number of windows
+    size = min(batch_size, max(1, (num_tokens - 1) // block_size))
+    data = Loader(path, block_size, size, model.config.vocab_size, lines=lines)
+    bytes_of = torch.tensor(byte_counts(meta), device=device)
     num_bytes = torch.zeros((), dtype=torch.int64, device=device)
 
     def batches():
-        """This rank's share of the windows; what they hold is counted on the way."""
+        """This rank's batches; their bytes are counted on the way."""
         for X, Y in data.eval_batches(eval_iters, rank, world_size, device):
             num_bytes.add_((bytes_of[Y.clamp_min(0)] * (Y >= 0)).sum())
             yield X, Y
@@ -168,109 +170,117 @@ for split in ('train', 'val'):
     loss, count = parallel.mean_losses(evaluate, device, batches())[0].tolist()
     if not count:
         raise ValueError(
-            f'{data.path}: none of the targets in {eval_iters} batches count; raise --eval_iters'
+            f'{path}: none of the targets in {eval_iters} batches count; raise --eval_iters'
         )
     bits = loss / math.log(2) * count / parallel.all_reduce(num_bytes).item()
+    kind = 'tokens of answers' if data.masked else 'tokens'
     print0(
-        f'{split:<5} loss {loss:.4f}, perplexity {perplexity(loss):.3f}, {bits:.4f} bits per byte, over {count:,.0f} tokens'
-        + ' of answers' * data.masked
+        f'{split:<5} loss {loss:.4f}, perplexity {perplexity(loss):.3f}, '
+        f'{bits:.4f} bits per byte, over {count:,.0f} {kind}'
     )
 
 
 # -----------------------------------------------------------------------------
-# exact match of tasks on lines: each line a question, the mark, an answer
+# exact match for tasks on lines; each line is a question, the mark, an answer
+def score_lines():
+    """Answer lines of the validation split on all ranks; print a table and wrong answers."""
+    found = read_questions(os.path.join(data_dir, 'val.bin'), lines, num_lines)
+    questions = [(q, a) for q, a in found if len(q) + len(a) <= longest + 1]
+    right = answer_all(questions)
+    texts = [tokenizer.decode(q).removesuffix(mark) for q, _ in questions]
+    title = 'exact match'
+    if len(found) > len(questions):
+        title += f' ({len(found) - len(questions):,} longer than block_size left out)'
+    print_table(title, texts, right)
+    wrong = [i for i in range(len(right)) if not right[i]][:show_wrong]
+    if wrong and rank == 0:
+        print_answers(questions, texts, wrong)
+
+
+@torch.no_grad()
+def answer_all(questions):
+    """1 for each (question, answer), lists of token ids, that is answered right, otherwise 0."""
+    lengths = [len(q) + len(a) for q, a in questions]
+    order = sorted(range(len(questions)), key=lambda i: lengths[i])  # similar lengths together
+    most = LOGITS // (model.config.vocab_size * max(lengths, default=1))
+    n = max(1, min(256, most))
+    right = torch.zeros(len(questions), dtype=torch.int64, device=device)
+    for first in range(rank * n, len(order), world_size * n):
+        batch = order[first : first + n]
+        right[batch] = answered_right([questions[i] for i in batch]).long()
+    return parallel.all_reduce(right).tolist()
+
+
 def answered_right(questions):
     """
-    Which of these (question, answer), lists of token ids, greedy decoding would answer right (N,): it does when each
-    token of the answer is the likeliest after the right ones before it, so one pass through the model tells.
+    Whether greedy decoding answers each of these (question, answer) right (N,). It does if each
+    token of the answer is the most likely after the right ones, so one forward pass is enough.
     """
     ids = torch.zeros(len(questions), max(len(q) + len(a) for q, a in questions), dtype=torch.int64)
-    asked = torch.ones_like(ids, dtype=torch.bool)  # or behind the answer
-    for i, (q, a) in enumerate(questions):
-        ids[i, : len(q) + len(a)] = torch.tensor(q + a)
-        asked[i, len(q) : len(q) + len(a)] = False
+    in_answer = torch.zeros_like(ids, dtype=torch.bool)
+    for row, (q, a) in enumerate(questions):
+        ids[row, : len(q) + len(a)] = torch.tensor(q + a)
+        in_answer[row, len(q) : len(q) + len(a)] = True
     X, Y = ids[:, :-1].to(device), ids[:, 1:].to(device)
     with ctx:
         logits, _ = model(X, Y)
-    likeliest = logits[:, :, : tokenizer.vocab_size].argmax(dim=-1)
-    return ((likeliest == Y) | asked[:, 1:].to(device)).all(dim=1)
+    most_likely = logits[:, :, : tokenizer.vocab_size].argmax(dim=-1)
+    return ((most_likely == Y) | ~in_answer[:, 1:].to(device)).all(dim=1)
 
 
-def find_kinds(path):
-    """The function `kinds` in a dataset's prepare.py, which sorts its questions; sorted by length where there is none."""
-    if os.path.basename(dataset) == dataset and os.path.exists(
-        path
-    ):  # a name that came with weights leads to no other folder
-        with open(path, encoding='utf-8') as f:
-            if 'def kinds(' in f.read():  # nobody's script is executed to find out
-                spec = importlib.util.spec_from_file_location('prepare', path)
-                module = importlib.util.module_from_spec(spec)
-                spec.loader.exec_module(module)
-                return module.kinds
-    return lambda question: [('characters', f'{len(question):2d}')]
-
-
-if mark and num_lines and lines.per_line and lines.newline.any():
-    found = read_questions(os.path.join(data_dir, 'val.bin'), lines, num_lines)
-    questions = [(q, a) for q, a in found if len(q) + len(a) <= model.config.block_size + 1]
-    left_out = (
-        f' ({len(found) - len(questions):,} longer than block_size left out)'
-        if len(found) > len(questions)
-        else ''
-    )
-    order = sorted(
-        range(len(questions)), key=lambda i: sum(map(len, questions[i]))
-    )  # lines of one length together
-    right = torch.zeros(len(questions), dtype=torch.int64, device=device)
-    with torch.no_grad():
-        longest = max((len(q) + len(a) for q, a in questions), default=1)
-        n = max(
-            1, min(256, 2**27 // (model.config.vocab_size * longest))
-        )  # as many as half a GB has room for the logits of
-        for b in range(rank * n, len(order), world_size * n):
-            right[order[b : b + n]] = answered_right(
-                [questions[i] for i in order[b : b + n]]
-            ).long()
-    right = parallel.all_reduce(right).tolist()
-
-    texts = [tokenizer.decode(q).removesuffix(mark) for q, _ in questions]
-    kinds, table = find_kinds(os.path.join(data_dir, 'prepare.py')), {}
+def print_table(title, texts, right):
+    """Print the share of right answers for each kind of question."""
+    kinds, table = find_kinds(), {}  # table: {column: {kind: [0 or 1 for each answer]}}
     for text, is_right in zip(texts, right):
         for column, kind in [('all', ''), *kinds(text)]:
             table.setdefault(column, {}).setdefault(kind, []).append(is_right)
-    print0(f'\n{"exact match" + left_out:<56} {"lines":>8} {"right":>8}')
-    for column in table:
-        for kind, rights in sorted(table[column].items()):
-            print0(
-                f'{f"{column}: {kind}".removesuffix(": "):<56} {len(rights):>8,} {sum(rights) / len(rights):>8.2%}'
-            )
+    print0(f'\n{title:<56} {"lines":>8} {"right":>8}')
+    for column, rows in table.items():
+        for kind, rights in sorted(rows.items()):
+            label = f'{column}: {kind}' if kind else column
+            print0(f'{label:<56} {len(rights):>8,} {sum(rights) / len(rights):>8.2%}')
 
-    wrong = [i for i, is_right in enumerate(right) if not is_right][:show_wrong]
-    if wrong and rank == 0:
-        rows = [('first wrong answers', 'given', 'right')]
-        for i in wrong:
-            q, a = questions[i]
-            with ctx:
-                new = [
-                    int(token)
-                    for token in stream(
-                        model,
-                        [q],
-                        LONGEST,
-                        temperature=0,
-                        vocab_size=tokenizer.vocab_size,
-                        stop=lambda _, new: lines.newline[new[-1]],
-                    )
-                ]
-            rows.append(
-                (texts[i] + mark, tokenizer.decode(new).rstrip(), tokenizer.decode(a).rstrip())
-            )
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        print0(
-            '\n'
-            + '\n'.join(
-                '  '.join(text.ljust(width) for text, width in zip(row, widths)).rstrip()
-                for row in rows
-            )
-        )
+
+def find_kinds():
+    """The function `kinds` in the dataset's prepare.py, by default one that sorts by length."""
+    path = os.path.join(data_dir, 'prepare.py')
+    # a name that came with weights may not lead to another folder
+    if os.path.basename(dataset) == dataset and os.path.exists(path):
+        with open(path, encoding='utf-8') as f:
+            has_kinds = 'def kinds(' in f.read()  # do not execute other scripts
+        if has_kinds:
+            spec = importlib.util.spec_from_file_location('prepare', path)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            return module.kinds
+    return lambda question: [('characters', f'{len(question):2d}')]
+
+
+def print_answers(questions, texts, wrong):
+    """Print the model's and the right answers to the questions with the numbers `wrong`."""
+    rows = [('first wrong answers', 'given', 'right')]
+    for i in wrong:
+        question, answer = questions[i]
+        reply = tokenizer.decode(greedy(question)).rstrip()
+        rows.append((texts[i] + mark, reply, tokenizer.decode(answer).rstrip()))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    print0('')
+    for row in rows:
+        cells = [text.ljust(width) for text, width in zip(row, widths)]
+        print0('  '.join(cells).rstrip())
+
+
+def greedy(question):
+    """The tokens of the model's most likely answer, up to a newline."""
+    ends = lambda b, new: lines.newline[new[-1]]
+    size = tokenizer.vocab_size
+    with ctx:
+        steps = stream(model, [question], LONGEST, temperature=0, vocab_size=size, stop=ends)
+        return [int(token) for token in steps]
+
+
+for split in ('train', 'val'):
+    score_split(split)
+if mark and num_lines and lines.per_line and lines.newline.any():
+    score_lines()
 parallel.destroy()

@@ -15,9 +15,8 @@ class KVCache:
     slot i % size, so a new token overwrites the oldest. Sequences of unequal length are
     left-padded: the first pad[b] columns of sequence b are empty.
 
-    Attention reads the first `span` slots: the filled ones, or in a static cache 256, 512,
-    1024, ... slots, the empty ones masked. Steps with the same span do the same work on the same
-    memory, so that they can be compiled and recorded as a CUDA graph.
+    Attention reads the first `span` slots: the filled ones, or, if static, 256, 512, 1024, ...
+    with empty ones masked, so that all steps of a span can be one compiled or recorded function.
     """
 
     def __init__(self, config, size, pad, static=False):
@@ -315,12 +314,11 @@ def pick(
         return logits.argmax(dim=-1)
     # the largest becomes 0: divided by a tiny temperature it would be infinite
     logits = logits - logits.amax(dim=-1, keepdim=True)
-    temperature = max(temperature, 1e-30)
     V, ids = logits.size(1), None
     k = V if top_k is None else min(top_k, V)
     if k < V or top_p < 1.0:
         logits, ids = logits.topk(k)  # the most likely first (B, k)
-    probs = torch.softmax(logits / temperature, dim=-1)
+    probs = torch.softmax(logits / max(temperature, 1e-30), dim=-1)
     if min_p > 0.0:
         probs = probs.masked_fill(probs < min_p * probs.amax(dim=-1, keepdim=True), 0.0)
     if top_p < 1.0:

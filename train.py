@@ -94,8 +94,7 @@ import muon
 from data.lines import read_lines
 from data.loader import Loader, must_exist, must_hold
 from data.tokenizer import dataset_dir, dataset_meta
-from support import checkpoint, distributed, graphs, resume, runlog, signals, weights
-from support import optimizer as optimizers
+from support import checkpoint, distributed, graphs, optimizers, resume, runlog, signals, weights
 from support.cpu import seed_dropout
 from support.device import autocast, pays_to_compile, resolve, tune
 from support.distributed import print0
@@ -118,7 +117,6 @@ optimizers.check_rates(config, given)
 # -----------------------------------------------------------------------------
 # device and processes
 stop = signals.StopSignals()  # true after SIGINT, SIGTERM, SIGHUP or SIGUSR1
-auto_compile = compile == 'auto'
 device, dtype, compile = resolve(device, dtype, compile)
 tune(device)
 ctx = autocast(device, dtype)
@@ -127,6 +125,8 @@ rank, world_size = distributed.start(backend, device, dist_timeout, gradient_acc
 ddp = torch.distributed.is_initialized()
 master_process = rank == 0  # prints, logs and saves
 redraws = gradient_checkpointing and dropout > 0  # draws dropout masks in backward
+if redraws and 'mps' in device:
+    raise ValueError('gradient_checkpointing with dropout is not supported on MPS; add --dropout=0')
 cuda_graph = graphs.can_record(cuda_graph, device, dtype, ddp, redraws)
 
 # -----------------------------------------------------------------------------
@@ -152,7 +152,7 @@ start_iter = loaded['iter_num'] if init_from == 'resume' else 0
 iters_left = 0 if eval_only else max_iters - start_iter
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 flops = model.flops_per_token() * tokens_per_iter * iters_left / world_size
-too_short = compile and auto_compile and not pays_to_compile(flops)
+too_short = compile and config['compile'] == 'auto' and not pays_to_compile(flops)
 compile = compile and not too_short
 if fsdp:
     distributed.shard(model, device, dtype, compile)
@@ -164,11 +164,10 @@ sizes = block_size, batch_size, model.config.vocab_size, seed
 lines = read_lines(meta, model.config.vocab_size, mask_before_token, mask_per_line, align_to_lines)
 train_data = Loader(train_bin, *sizes, lines)
 val_data = Loader(os.path.join(data_dir, 'val.bin'), *sizes, lines)
-batches = gradient_accumulation_steps, batch_size_warmup_iters  # micro-batches per iteration
+accumulation = gradient_accumulation_steps, batch_size_warmup_iters
 print0(runlog.describe_data(dataset, train_data, val_data, tokens_per_iter))
-print0(
-    runlog.describe_model(model, device, dtype, compile, too_short, cuda_graph, world_size, fsdp)
-)
+notes = compile, too_short, cuda_graph, world_size, fsdp
+print0(runlog.describe_model(model, device, dtype, *notes))
 
 # -----------------------------------------------------------------------------
 # optimizer
@@ -272,7 +271,7 @@ if eval_only:
 log = runlog.RunLog(out_dir, config, iter_num, run_id, raw_model, device, dtype, world_size)
 if master_process and init_from != 'resume':
     checkpoint.set_aside(out_dir)
-iterations = train_data.iterations(iter_num, *batches, rank, world_size, device)
+iterations = train_data.iterations(iter_num, *accumulation, rank, world_size, device)
 save_due, saved = False, {}  # saved: did the last attempt to write each file succeed?
 ended = problem = ''  # why the run ends early; why the exit code is 1
 next_command = f'python sample.py --out_dir={shlex.quote(out_dir)}'
@@ -338,9 +337,6 @@ summary = f'{log.seconds():.1f} s of training, best val loss {best.loss:.4f}'
 print0(f'{ended}iteration {iter_num}, {summary}')
 if os.path.exists(ckpt_path):
     print0(f'next: {next_command}')
-not_saved = ' and '.join(name for name in saved if not saved[name])
-if not_saved:
-    problem = f'{not_saved} could not be written at the last attempt; '
-    problem += f'what {out_dir} holds is older, if anything'
+problem = problem or checkpoint.not_saved(saved, out_dir)
 if problem and master_process:
     fail(problem, 1)

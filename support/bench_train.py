@@ -16,7 +16,7 @@ from data.tokenizer import dataset_dir
 from support.bench import spread
 from support.device import autocast, memory_gb, peak_flops
 from support.graphs import Recorder
-from support.optimizer import StepGuard
+from support.optimizers import StepGuard
 
 
 def run(bench, rivals):

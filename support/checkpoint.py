@@ -126,6 +126,17 @@ def try_save(path, checkpoint, *args):
         return False
 
 
+def not_saved(saved, folder):
+    """One line about the files whose last write failed, '' for none. saved: {name: written?}."""
+    names = [name for name in saved if not saved[name]]
+    if not names:
+        return ''
+    return (
+        f'{" and ".join(names)} could not be written at the last attempt; '
+        f'what {folder} holds is older, if anything'
+    )
+
+
 def set_aside(folder):
     """Rename an earlier run's checkpoint, so that a new run cannot resume it by mistake."""
     renamed = []

@@ -61,8 +61,10 @@ def resolve(device, dtype, compile, quantize=''):
 
 
 def resolve_device(device):
-    if device == 'auto':
-        device = best_device()
+    if device == 'auto' and torch.cuda.is_available():
+        device = 'cuda'
+    elif device == 'auto':
+        device = 'mps' if torch.backends.mps.is_available() else 'cpu'
     kind, _, number = device.partition(':')
     if kind not in ('cuda', 'mps', 'cpu') or (number and not number.isdigit()):
         raise ValueError(f"device={device!r} is none of 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
@@ -71,12 +73,6 @@ def resolve_device(device):
     if kind == 'mps' and not torch.backends.mps.is_available():
         raise ValueError("device='mps': no Apple GPU here; try --device=auto or --device=cpu")
     return device if kind == 'mps' else 'cpu'  # there is one CPU device, whatever its number
-
-
-def best_device():
-    if torch.cuda.is_available():
-        return 'cuda'
-    return 'mps' if torch.backends.mps.is_available() else 'cpu'
 
 
 def resolve_gpu(device, number):
@@ -177,12 +173,10 @@ def missing_for_triton():
 
 def pays_to_compile(flops):
     """
-    Whether a run of `flops` floating-point operations saves more time by torch.compile than
-    compiling takes, about half a minute.
+    Whether torch.compile saves a run of `flops` operations more than the half minute it takes.
 
-    A large GPU reaches about 1e14 FLOP/s without the compiler, and saves a third of the time with
-    it: on an H100 the step of 10.65M parameters takes 5.7 ms instead of 8.6. On a smaller GPU both
-    compiling and the saving take longer.
+    A large GPU reaches about 1e14 FLOP/s, and saves a third of the time if compiled: on an H100 the
+    step of 10.65M parameters takes 5.7 instead of 8.6 ms. On a smaller GPU both times are longer.
     """
     return flops / 1e14 / 3 > 30
 
@@ -191,7 +185,7 @@ def pays_to_compile(flops):
 # settings of torch and the C library
 def tune(device, lengths_vary=False):
     """
-    Set up torch for `device`: TF32 on GPUs; on a CPU, threads and an allocator without page faults.
+    Set up torch: TF32 on GPUs; on CPUs, threads and an allocator without page faults.
     lengths_vary: True if sequences of many lengths follow, as in sampling
     """
     if 'cuda' in device:
@@ -210,11 +204,9 @@ def tune(device, lengths_vary=False):
 
 def cpu_threads(root='/sys'):
     """
-    Number of threads that suits this process on Linux: torch's own choice, the physical cores, but
-
-    - torchrun sets OMP_NUM_THREADS=1, which leaves cores idle (and looks like a user's own 1), so
-      its processes share the cores equally
-    - a container may be allowed less processor time than it sees cores
+    Number of threads for this process on Linux: torch's choice, which is the physical cores. But
+    torchrun sets OMP_NUM_THREADS=1, which leaves cores idle, so its processes share the cores; and
+    a container may be allowed less processor time than it sees cores.
     """
     threads = torch.get_num_threads()
     processes = int(os.environ.get('LOCAL_WORLD_SIZE', 1))

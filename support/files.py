@@ -5,6 +5,7 @@ import os
 import re
 import secrets
 import shutil
+import socket
 
 from configurator import fail
 
@@ -86,3 +87,29 @@ def new_folder(path):
         fail(f'{path} cannot be written: {getattr(cause, "strerror", None) or cause}', 1)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def lock(folder):
+    """
+    Open and lock run.lock in `folder`, until this process ends in any way, also over NFS. Returns
+    the file, None if the system has no locks. Raises ValueError if another process holds it.
+    """
+    try:
+        import fcntl  # not on Windows
+    except ImportError:
+        return None
+    file = open(os.path.join(folder, 'run.lock'), 'a+', encoding='utf-8')
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        file.seek(0)
+        raise ValueError(
+            f'out_dir={folder!r} is that of a run under way ({file.read().strip()}); '
+            'give this one its own --out_dir'
+        ) from e
+    except OSError:  # the file system has none
+        return None
+    file.truncate(0)
+    file.write(f'process {os.getpid()} on {socket.gethostname()}\n')
+    file.flush()
+    return file

@@ -1,6 +1,4 @@
-"""
-What the benchmarks of the lm-evaluation-harness (package lm_eval) ask of a model, answered by ours; eval.py --tasks uses it.
-"""
+"""The model as the lm-evaluation-harness (package lm_eval) calls it, for eval.py --tasks."""
 
 import torch
 from lm_eval import utils
@@ -9,29 +7,27 @@ from tqdm import tqdm
 
 from generate import stream
 
-LOGITS = 2**27  # how many a batch may take at once: half a GB in float32
+LOGITS = 2**27  # maximum number in a batch: half a GB in float32
 
 
 class Harness(TemplateLM):
     """
-    A GPT and its data.tokenizer.Tokenizer as the harness's LM. Texts longer than the model's block_size lose their beginning, as
-    with the harness's own backend for transformers.
+    A GPT and its data.tokenizer.Tokenizer as the harness's LM. Texts longer than block_size lose
+    their beginning, as with the harness's own backend for transformers.
 
-    ctx: an autocast context; batch_size: sequences at once, fewer where their logits would take too much memory
+    ctx: an autocast context
+    batch_size: sequences per batch, fewer if their logits would need too much memory
     """
 
     def __init__(self, model, tokenizer, ctx, batch_size):
         super().__init__()
         self.model, self.tok, self.ctx, self.batch_size = model, tokenizer, ctx, batch_size
-        self.max_length, self.max_gen_toks, self._device = (
-            model.config.block_size,
-            256,
-            model.lm_head.weight.device,
-        )
+        self.max_length, self.max_gen_toks = model.config.block_size, 256
+        self._device = model.lm_head.weight.device
 
     @property
     def eot_token_id(self):
-        """What texts begin after: <|endoftext|>, or a newline where the vocabulary has none."""
+        """The token before a text: <|endoftext|>, or a newline if the vocabulary has none."""
         return self.tok.eot if self.tok.eot is not None else self.tok.encode('\n')[0]
 
     def tok_encode(self, string, add_special_tokens=None, **kwargs):
@@ -39,15 +35,14 @@ class Harness(TemplateLM):
 
     @torch.no_grad()
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
-        """(log-probability, whether greedy decoding would say it) of each continuation: requests are (texts, context ids, continuation ids)."""
-        found = [None] * len(requests)
-        tokens = [
-            (context + continuation)[-self.max_length - 1 :]
-            for _, context, continuation in requests
-        ]
-        order = sorted(
-            range(len(requests)), key=lambda i: -len(tokens[i])
-        )  # long ones first: what runs out of memory does so at once
+        """
+        (log-probability, whether it is the greedy one) of each continuation. A request is (texts,
+        ids of the context, ids of the continuation).
+        """
+        results = [None] * len(requests)
+        tokens = [(context + new)[-self.max_length - 1 :] for _, context, new in requests]
+        # the longest first: if memory runs out, it does so at once
+        order = sorted(range(len(requests)), key=lambda i: -len(tokens[i]))
         bar = tqdm(total=len(requests), desc='log-likelihoods', disable=disable_tqdm or None)
         while order:
             longest = len(tokens[order[0]]) - 1
@@ -60,86 +55,72 @@ class Harness(TemplateLM):
             with self.ctx:
                 logits = self.model(ids[:, :-1], ids[:, 1:])[0]
             for b, i in enumerate(batch):
-                length = min(len(requests[i][2]), len(tokens[i]) - 1)
-                where = slice(len(tokens[i]) - 1 - length, len(tokens[i]) - 1)
-                logprobs, said = (
-                    torch.log_softmax(logits[b, where].float(), dim=-1),
-                    ids[b, where.start + 1 : where.stop + 1],
-                )  # (length, V), (length,)
-                found[i] = (
-                    logprobs.gather(1, said[:, None]).sum().item(),
-                    bool((logprobs.argmax(-1) == said).all()),
-                )
+                last = len(tokens[i]) - 1
+                first = last - min(len(requests[i][2]), last)
+                results[i] = score(logits[b, first:last], ids[b, first + 1 : last + 1])
             bar.update(len(batch))
         bar.close()
-        return found
+        return results
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
-        """The log-probability of each text, in windows of block_size that overlap nowhere."""
-        windows = [
-            [
-                (None, *utils.make_disjoint_window(window))
-                for window in utils.get_rolling_token_windows(
-                    self.tok_encode(request.args[0]),
-                    self.eot_token_id,
-                    self.max_length,
-                    context_len=1,
-                )
-            ]
-            for request in requests
-        ]
-        found = iter(
-            self._loglikelihood_tokens(
-                [window for text in windows for window in text], disable_tqdm
+        """The log-probability of each text, in windows of block_size that do not overlap."""
+        counts, windows = [], []
+        for request in requests:
+            ids = self.tok_encode(request.args[0])
+            pairs = utils.get_rolling_token_windows(
+                ids, self.eot_token_id, self.max_length, context_len=1
             )
-        )
-        return [sum(next(found)[0] for _ in text) for text in windows]
+            parts = [(None, *utils.make_disjoint_window(pair)) for pair in pairs]
+            windows += parts
+            counts.append(len(parts))
+        results = iter(self._loglikelihood_tokens(windows, disable_tqdm))
+        return [sum(next(results)[0] for _ in range(count)) for count in counts]
 
     @torch.no_grad()
     def generate_until(self, requests, disable_tqdm=False):
-        """What the model says after each context, up to one of the strings in its options' `until`, or <|endoftext|>."""
-        said = [None] * len(requests)
-        order = sorted(
-            range(len(requests)), key=lambda i: (str(requests[i].args[1]), len(requests[i].args[0]))
-        )  # alike ones together
+        """The text after each context, up to one of the strings in `until` or <|endoftext|>."""
+        results = [None] * len(requests)
+        args = [request.args for request in requests]  # (context, options)
+        order = sorted(range(len(args)), key=lambda i: (str(args[i][1]), len(args[i][0])))
         bar = tqdm(total=len(requests), desc='answers', disable=disable_tqdm or None)
         while order:
-            options = requests[order[0]].args[1]
-            batch = [i for i in order[: self.batch_size] if requests[i].args[1] == options]
+            options = args[order[0]][1]
+            batch = [i for i in order[: self.batch_size] if args[i][1] == options]
             order = order[len(batch) :]
-            until = options.get('until') or []
-            until = [until] if isinstance(until, str) else list(until)
-            new = options.get('max_gen_toks', self.max_gen_toks)
-            if new >= self.max_length:
-                raise ValueError(
-                    f'the task asks for {new} tokens, more than block_size={self.max_length} leaves room for'
-                )
-            prompts = [
-                (self.tok_encode(requests[i].args[0]) or [self.eot_token_id])[
-                    new - self.max_length :
-                ]
-                for i in batch
-            ]
-            ends = lambda b, ids: (
-                ids[-1] == self.tok.eot or any(s in self.tok.decode(ids) for s in until)
-            )
-            temperature = options.get('temperature', 1.0) if options.get('do_sample') else 0
-            with self.ctx:
-                rows = list(
-                    stream(
-                        self.model,
-                        prompts,
-                        new,
-                        temperature=temperature,
-                        top_k=options.get('top_k') or None,
-                        top_p=options.get('top_p', 1.0),
-                        vocab_size=self.tok.vocab_size,
-                        stop=ends,
-                    )
-                )
-            for i, ids in zip(batch, torch.stack(rows, dim=1).tolist()):
-                text = self.tok.decode([t for t in ids if t >= 0 and t != self.tok.eot])
-                said[i] = text[: min((text.find(s) for s in until if s in text), default=None)]
+            for i, text in zip(batch, self.generate([args[i][0] for i in batch], options)):
+                results[i] = text
             bar.update(len(batch))
         bar.close()
-        return said
+        return results
+
+    def generate(self, contexts, options):
+        """The text after each of these contexts. options: the harness's, the same for all"""
+        until = options.get('until') or []
+        until = [until] if isinstance(until, str) else list(until)
+        new = options.get('max_gen_toks', self.max_gen_toks)
+        if new >= self.max_length:
+            room = f'more than block_size={self.max_length} leaves room for'
+            raise ValueError(f'the task asks for {new} tokens, {room}')
+        prompts = [self.tok_encode(context) or [self.eot_token_id] for context in contexts]
+        prompts = [prompt[new - self.max_length :] for prompt in prompts]
+
+        def ends(b, ids):
+            return ids[-1] == self.tok.eot or any(s in self.tok.decode(ids) for s in until)
+
+        temperature = options.get('temperature', 1.0) if options.get('do_sample') else 0
+        how = dict(temperature=temperature, top_k=options.get('top_k') or None)
+        how.update(top_p=options.get('top_p', 1.0), vocab_size=self.tok.vocab_size)
+        with self.ctx:
+            steps = list(stream(self.model, prompts, new, stop=ends, **how))
+        texts = []
+        for ids in torch.stack(steps, dim=1).tolist():
+            text = self.tok.decode([t for t in ids if t >= 0 and t != self.tok.eot])
+            texts.append(text[: min((text.find(s) for s in until if s in text), default=None)])
+        return texts
+
+
+def score(logits, targets):
+    """(log-probability of all targets (T,), whether each is the most likely) by logits (T, V)."""
+    logprobs = torch.log_softmax(logits.float(), dim=-1)
+    total = logprobs.gather(1, targets[:, None]).sum().item()
+    return total, bool((logprobs.argmax(-1) == targets).all())

@@ -8,7 +8,6 @@ import io
 import math
 import os
 import shlex
-import socket
 import sys
 import threading
 import time
@@ -19,13 +18,13 @@ from tqdm import tqdm
 from data.loader import micro_batches
 from support.device import memory_gb, peak_flops
 from support.distributed import gather, is_rank0, print0
-from support.files import remove_partials, write_whole
+from support.files import lock, remove_partials, write_whole
 from support.plot import draw
 
-# Rows of logged iterations have the mean loss over their batch, those of evaluations train_loss
-# and val_loss. grad_norm is from before clipping, clipped the share of clipped steps since the last row,
-# weight_norm taken after evaluations, bad_steps the number of skipped steps since the last row.
-# memory_gb is the peak so far, of the GPU, otherwise of the process.
+# Rows of logged iterations have the mean loss of their batch, those of evaluations train_loss and
+# val_loss. grad_norm is from before clipping; clipped is the share of clipped steps since the last
+# row, bad_steps the number of skipped ones; weight_norm is taken after evaluations. memory_gb is
+# the peak so far, of the GPU if there is one, otherwise of the process.
 COLUMNS = (
     'iter tokens seconds loss train_loss val_loss lr grad_norm clipped weight_norm bad_steps '
     'tokens_per_second mfu memory_gb'
@@ -277,32 +276,6 @@ def describe_losses(iter_num, losses):
     train, val = losses['train'], losses['val']
     perplexity_ = f'perplexity {perplexity(val):.2f}'
     return f'step {iter_num}: train loss {train:.4f}, val loss {val:.4f} ({perplexity_})'
-
-
-def lock(folder):
-    """
-    Open and lock run.lock in `folder`, until this process ends in any way, also over NFS. Returns
-    the file, None if the system has no locks. Raises ValueError if another process holds it.
-    """
-    try:
-        import fcntl  # not on Windows
-    except ImportError:
-        return None
-    file = open(os.path.join(folder, 'run.lock'), 'a+', encoding='utf-8')
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-        file.seek(0)
-        raise ValueError(
-            f'out_dir={folder!r} is that of a run under way ({file.read().strip()}); '
-            'give this one its own --out_dir'
-        ) from e
-    except OSError:  # the file system has none
-        return None
-    file.truncate(0)
-    file.write(f'process {os.getpid()} on {socket.gethostname()}\n')
-    file.flush()
-    return file
 
 
 def table(rows, header):

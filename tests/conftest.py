@@ -1,4 +1,4 @@
-"""Shared by the tests: a copy of the project to run its scripts in, a small text, a small trained run."""
+"""Shared by the tests: a copy of the project, a small text, a small trained run."""
 
 import contextlib
 import json
@@ -17,6 +17,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ['HF_HUB_OFFLINE'] = '1'  # no test may need the network
+if 'PYTEST_XDIST_WORKER' in os.environ:  # tests side by side get a core each
+    os.environ['OMP_NUM_THREADS'] = '1'
+
+TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone']
 
 TINY = [
     '--device=cpu',
@@ -38,7 +42,7 @@ TINY = [
 
 
 class Spawner:
-    """Runs scripts in processes forked from one that has imported torch already (spawn.py); POSIX only."""
+    """Runs scripts in processes forked from one that has imported torch (spawn.py); POSIX only."""
 
     def __init__(self):
         self.running, self.codes = set(), {}
@@ -52,30 +56,26 @@ class Spawner:
         )
 
     def start(self, argv, cwd, stdout, stderr, env=None):
-        """The pid of a script under way; stdout and stderr are files that what it prints is appended to."""
-        order = dict(
-            argv=list(map(str, argv)),
-            cwd=str(cwd),
-            stdout=str(stdout),
-            stderr=str(stderr),
-            env=env or {},
-        )
+        """Start a script and return its pid. What it prints is appended to two files."""
+        order = dict(argv=list(map(str, argv)), cwd=str(cwd), env=env or {})
+        order |= dict(stdout=str(stdout), stderr=str(stderr))
         print(json.dumps(order), file=self.process.stdin, flush=True)
         pid = self.read('started')
         self.running.add(pid)
         return pid
 
     def read(self, key):
+        """The value of `key` in the next message that has it; exit codes on the way are kept."""
         while True:
-            news = json.loads(self.process.stdout.readline())
-            if 'ended' in news:
-                self.running.discard(news['ended'])
-                self.codes[news['ended']] = news['code']
-            if key in news:
-                return news[key]
+            message = json.loads(self.process.stdout.readline())
+            if 'ended' in message:
+                self.running.discard(message['ended'])
+                self.codes[message['ended']] = message['code']
+            if key in message:
+                return message[key]
 
     def wait(self, pid, seconds=120):
-        """Exit code of a script, minus the signal if one killed it. It is killed after so many seconds."""
+        """Exit code of a script, or minus the signal that killed it. It gets `seconds` to end."""
         alarm = threading.Timer(seconds, os.kill, (pid, signal.SIGKILL))
         alarm.start()
         while pid not in self.codes:
@@ -92,51 +92,74 @@ class Spawner:
 
 
 class Project:
-    """A copy of the project in a folder of its own, so that no test touches the user's data and runs."""
+    """A copy of the project in a folder of its own, so that no test touches the user's files."""
 
     def __init__(self, path, spawner=None):
         self.path, self.spawner, self.count = path, spawner, 0
-        for source in [
-            *ROOT.glob('*.py'),
-            *ROOT.glob('config/*.py'),
-            *ROOT.glob('support/*.py'),
-            *ROOT.glob('data/**/*.py'),
-            ROOT / 'Makefile',
-        ]:
+        sources = [ROOT / 'Makefile', *ROOT.glob('*.py')]
+        for pattern in ('config/*.py', 'support/*.py', 'data/**/*.py'):
+            sources += ROOT.glob(pattern)
+        for source in sources:
             target = path / source.relative_to(ROOT)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, target)
         write_dataset(path / 'data' / 'tiny')
 
-    def run(self, *args, env=None, launcher=None, check=True):
-        """Run a script, by itself or by a launcher; the finished process, with stdout and stderr as text."""
-        args = list(map(str, args))
+    def run(self, *args, env=None, cwd=None, launcher=None, processes=1, check=True):
+        """
+        Run a script and return the finished process, with stdout and stderr as text.
+
+        launcher: the command that starts it, such as torchrun
+        processes: number of processes that share the run, as torchrun would start them
+        check: the exit code must be 0
+        """
+        args, cwd = list(map(str, args)), cwd or self.path
+        if processes > 1 and not self.spawner:
+            launcher = [*TORCHRUN, f'--nproc_per_node={processes}']
         if launcher or not self.spawner:
             done = subprocess.run(
                 [*(launcher or [sys.executable]), *args],
-                cwd=self.path,
+                cwd=cwd,
                 text=True,
                 capture_output=True,
                 timeout=120,
                 env={**os.environ, 'OMP_NUM_THREADS': '1', **(env or {})},
             )
         else:
-            self.count += 1
-            files = [self.path / f'run-{self.count}.{name}' for name in ('out', 'err')]
-            code = self.spawner.wait(self.spawner.start(args, self.path, *files, env))
-            done = subprocess.CompletedProcess(
-                args, code, *(path.read_text(encoding='utf-8') for path in files)
-            )
+            done = self.spawn(args, env or {}, cwd, processes)
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done
 
+    def spawn(self, args, env, cwd, processes):
+        self.count += 1
+        files = [self.path / f'run-{self.count}.{name}' for name in ('out', 'err')]
+        store, ranks = None, [{}]
+        if processes > 1:
+            store, ranks = torchrun_environment(processes)
+        pids = [self.spawner.start(args, cwd, *files, {**env, **rank}) for rank in ranks]
+        codes = [self.spawner.wait(pid) for pid in pids]
+        texts = [path.read_text(encoding='utf-8') for path in files]
+        del store  # it must outlive the processes
+        return subprocess.CompletedProcess(args, max(codes, key=abs), *texts)
+
     def error(self, *args, **kwargs):
-        """Run a script that must refuse its input: its one line, after exit code 2 and no traceback."""
+        """Run a script that rejects its input: one line, exit code 2, no traceback."""
         done = self.run(*args, check=False, **kwargs)
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
         assert len(lines) == 1 and lines[0].startswith('error: '), done.stderr
         return lines[0]
+
+
+def torchrun_environment(processes):
+    """A store, and for each process the variables that torchrun sets."""
+    from torch.distributed import TCPStore
+
+    store = TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)
+    shared = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(store.port))
+    shared |= dict(TORCHELASTIC_USE_AGENT_STORE='True')
+    shared |= dict(WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes))
+    return store, [{**shared, 'RANK': str(i), 'LOCAL_RANK': str(i)} for i in range(processes)]
 
 
 def write_dataset(folder, text='to be or not to be, that is the question:\n' * 60):
@@ -167,11 +190,12 @@ def trained(project):
 
 @pytest.fixture
 def tried(record_property):
-    """tried(fault, times, outcome) adds a row to the table of faults at the end of the test report."""
+    """tried(fault, times, outcome) adds a row to the table at the end of the test report."""
     return lambda *row: record_property('fault', row)
 
 
 def pytest_terminal_summary(terminalreporter):
+    """Print the table of faults. Properties of reports reach here from xdist's workers too."""
     passed = terminalreporter.getreports('passed')
     rows = [row for report in passed for name, row in report.user_properties if name == 'fault']
     if rows:

@@ -1,6 +1,7 @@
 """
-A stand-in for CUDA graphs on a CPU: it records the operations of a function, and replays them on the same memory. Like
-a graph it knows nothing of Python: a number that was not a tensor stays what it was, and .item() is an error.
+A stand-in for CUDA graphs on a CPU. It records the operations of a function and replays them on the
+same memory. Like a graph it does not run Python: a number that is not a tensor stays what it was
+when it was recorded, and .item() is an error.
 """
 
 import torch
@@ -27,9 +28,7 @@ class Tape(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default:
             raise RuntimeError('waiting for the device is not supported while it is recorded')
-        if (
-            func._schema.is_mutable
-        ):  # recording does not execute: what is written is put back afterwards
+        if func._schema.is_mutable:  # recording does not execute, so restore() undoes all writes
             for x in tensors((args, kwargs)):
                 storage = x.untyped_storage()
                 self.before.setdefault(storage._cdata, (x, storage.clone()))
@@ -64,6 +63,6 @@ def record(self, function, inputs):
 
 
 def install(setattr=setattr):
-    """Let every Recorder tape on a CPU what it would record on a GPU."""
+    """Make every Recorder tape on a CPU what it would record on a GPU."""
     setattr(Recorder, 'record', record)
     setattr(Recorder, 'warm_up', lambda self, function, args: function(*args))

@@ -228,6 +228,7 @@ def test_a_report_is_one_table_and_what_fails_is_one_line(project):
     assert '--mode=generate' in told['text by 124M: first step']['command']
 
 
+@pytest.mark.slow
 def test_a_command_of_a_report_is_a_process_of_its_own(project):
     small = '--n_layer=1', '--n_head=1', '--n_embd=8', '--block_size=32', '--vocab_size=50'
     report = '--mode=report', '--device=cpu', '--json=taped.json'

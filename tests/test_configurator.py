@@ -9,13 +9,13 @@ from conftest import ROOT, TINY, Project
 from configurator import check, read_knobs
 
 SCRIPT = f'''
-"""A script with a knob of every kind."""
+"""A script with a setting of every type."""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 from configurator import configure
 # sizes
 batch_size = 12 # sequences per step
-learning_rate = 6e-4 # the highest
+learning_rate = 6e-4 # the peak rate
 # switches
 eval_only = False # stop after evaluating
 start = 'x' # the prompt
@@ -75,7 +75,7 @@ def run(tmp_path):
         ('--n=None', "'n': None"),
     ],
 )
-def test_a_value_arrives_as_its_knobs_type(run, flag, shown):
+def test_a_value_has_the_type_of_its_setting(run, flag, shown):
     assert shown in run(flag)
 
 
@@ -87,7 +87,7 @@ def test_a_value_arrives_as_its_knobs_type(run, flag, shown):
         "exec(open('config/a.py').read())",
     ],
 )
-def test_a_config_file_may_take_in_another(run, line):
+def test_a_config_file_may_import_or_execute_another(run, line):
     (run.folder / 'config' / 'c.py').write_text(
         f"import sys\nsys.path.insert(0, 'config')\n{line}\nlearning_rate = 2.0\n"
     )
@@ -99,12 +99,13 @@ def test_a_config_file_may_take_in_another(run, line):
     )
 
 
-def test_a_knob_misspelled_in_a_file_that_a_config_executes_is_told(run):
+def test_a_misspelled_setting_in_an_executed_file_is_an_error(run):
     (run.folder / 'config' / 'd.py').write_text('from math import pi\nbath_size = 10\n')
     (run.folder / 'config' / 'e.py').write_text(
         "batch_size = 4\nexec(open('config/d.py').read())\n"
     )
-    assert "config/e.py:2: unknown setting 'bath_size', did you mean batch_size?" in run('config/e.py')
+    message = run('config/e.py')
+    assert "config/e.py:2: unknown setting 'bath_size', did you mean batch_size?" in message
 
 
 def test_files_and_flags_apply_from_left_to_right(run):
@@ -180,12 +181,11 @@ def test_a_default_may_be_an_expression_in_all_scripts(tmp_path):
         .read_text()
         .replace('logit_cap: float = 0.0', 'logit_cap: float = math.inf')
     )
-    assert 'logit_cap in model.py:GPTConfig: its default math.inf must be a plain value' in project.error(
-        'train.py'
-    )
+    message = 'logit_cap in model.py:GPTConfig: its default math.inf must be a plain value'
+    assert message in project.error('train.py')
 
 
-def test_a_knob_of_ones_own_takes_what_its_default_is(run):
+def test_a_setting_of_your_own_takes_the_type_of_its_default(run):
     text = (run.folder / 'script.py').read_text()
     (run.folder / 'script.py').write_text(
         text.replace('batch_size = 12', 'betas = (0.8, 0.9)\nextra = None\nbatch_size = 12')
@@ -195,10 +195,10 @@ def test_a_knob_of_ones_own_takes_what_its_default_is(run):
     assert 'annotate it in the script, for instance extra: int | None = None' in run('--extra=3')
 
 
-def test_help_prints_every_knob_with_default_comment_and_section(run):
+def test_help_prints_every_setting_with_default_comment_and_section(run):
     out = run('--help')
     for words in (
-        'A script with a knob of every kind.',
+        'A script with a setting of every type.',
         'sizes',
         '--batch_size=12',
         'sequences per step',
@@ -209,7 +209,7 @@ def test_help_prints_every_knob_with_default_comment_and_section(run):
     assert 'config' not in out.replace('configure', '')
 
 
-def test_an_overlay_may_reckon_with_knobs_that_another_script_passes_over(project):
+def test_an_overlay_may_compute_from_settings_that_another_script_ignores(project):
     assert 'nowhere/ckpt.pt not found' in project.error(
         'sample.py', 'config/cpu.py', 'config/modern.py', '--out_dir=nowhere'
     )
@@ -219,7 +219,7 @@ def test_an_overlay_may_reckon_with_knobs_that_another_script_passes_over(projec
     'script',
     ['train.py', 'sample.py', 'bench.py', 'data/openwebtext/prepare.py', 'data/fineweb/prepare.py'],
 )
-def test_help_of_every_script_is_quick_and_every_knob_has_a_comment(script):
+def test_help_of_every_script_is_quick_and_every_setting_has_a_comment(script):
     start = time.time()
     out = subprocess.run(
         [sys.executable, script, '--help'], cwd=ROOT, text=True, capture_output=True, check=True
@@ -247,16 +247,15 @@ def test_an_error_that_is_not_ours_keeps_its_traceback(run):
         ),
         ('import torch; torch.empty(10**15)', 1, 'error: out of memory'),
         (
-            'import operator, support.files as t; t.write_whole("x", operator.methodcaller("truncate", -1))',
+            'import operator; from support.files import write_whole as write; '
+            'write("x", operator.methodcaller("truncate", -1))',
             1,
-            'error: Invalid argument',
-        ),  # as of a full disk
+            'error: Invalid argument',  # as from a full disk
+        ),
         ('sys.modules["torch"] = None; import muon', 2, 'needs the package torch, which '),
     ],
 )
-def test_a_missing_file_too_little_memory_and_a_missing_package_are_one_line(
-    run, line, code, message
-):
+def test_a_missing_file_or_package_and_too_little_memory_are_one_line(run, line, code, message):
     (run.folder / 'script.py').write_text(SCRIPT + f'\n{line}\n')
     done = subprocess.run(
         [sys.executable, 'script.py'], cwd=run.folder, text=True, capture_output=True
@@ -264,33 +263,20 @@ def test_a_missing_file_too_little_memory_and_a_missing_package_are_one_line(
     assert done.returncode == code and message in done.stderr and len(done.stderr.splitlines()) == 1
 
 
+COMMANDS = ('train.py', 'sample.py', 'eval.py', 'bench.py', 'convert.py')
+PREPARE = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob('data/*/prepare.py'))
+
+
 @pytest.mark.parametrize(
     'script, package',
-    [
-        *(
-            (script, 'torch')
-            for script in (
-                'train.py',
-                'sample.py',
-                'eval.py',
-                'bench.py',
-                'convert.py',
-            )
-        ),
-        *(
-            (str(path.relative_to(ROOT)), 'numpy')
-            for path in sorted(ROOT.glob('data/*/prepare.py'))
-        ),
-    ],
+    [(script, 'torch') for script in COMMANDS] + [(script, 'numpy') for script in PREPARE],
 )
-def test_every_script_tells_a_missing_package_in_one_line(script, package):
-    line = f'import runpy, sys; sys.modules["{package}"] = None; sys.argv = ["{script}"]; runpy.run_path("{script}", run_name="__main__")'
-    done = subprocess.run([sys.executable, '-c', line], cwd=ROOT, text=True, capture_output=True)
-    assert (
-        done.returncode == 2
-        and len(done.stderr.splitlines()) == 1
-        and f'needs the package {package}' in done.stderr
-    )
+def test_every_script_reports_a_missing_package_in_one_line(script, package):
+    code = f'import runpy, sys; sys.modules["{package}"] = None; sys.argv = ["{script}"]'
+    code += f'; runpy.run_path("{script}", run_name="__main__")'
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert f'needs the package {package}' in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -331,7 +317,7 @@ def test_a_recipe_trains_and_validates_on_as_much_on_any_number_of_processes(rec
         ('batch_size = 3\nraise SystemExit(0)\n', 'bad.py:2: SystemExit'),
     ],
 )
-def test_numbers_that_are_none_and_an_exit_are_refused(run, text, message):
+def test_infinite_numbers_and_exit_are_errors(run, text, message):
     (run.folder / 'bad.py').write_text(text)
     assert message in run('bad.py')
 

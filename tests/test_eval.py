@@ -1,5 +1,4 @@
 import re
-import sys
 
 import numpy as np
 import pytest
@@ -9,7 +8,6 @@ from conftest import TINY, write_dataset
 from data.tokenizer import from_meta
 from support import weights
 
-BOTH = (sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
 PAIRS = 'ab ba cd dc ef fe ab=ba'.split()
 
 
@@ -65,7 +63,7 @@ def test_exact_match_is_that_of_greedy_generation(swapped):
 def test_the_same_numbers_every_time_and_on_several_processes(swapped):
     first = swapped.run('eval.py', '--out_dir=out-swaps').stdout
     assert swapped.run('eval.py', '--out_dir=out-swaps').stdout == first
-    assert swapped.run('eval.py', '--out_dir=out-swaps', launcher=BOTH).stdout == first
+    assert swapped.run('eval.py', '--out_dir=out-swaps', processes=2).stdout == first
 
 
 def test_the_loss_is_that_of_training_and_bits_count_bytes(project, trained):
@@ -165,7 +163,8 @@ def test_without_lines_there_is_no_exact_match(swapped):
 
 def test_prompts_in_a_list_are_sampled_in_turn_and_end_where_told(swapped):
     (swapped.path / 'ask.py').write_text(
-        "out_dir = 'out-swaps'\nstart = ['ab=', 'cd=']\nnum_samples = 2\nstop_token_char = '\\n'\ntemperature = 0\n"
+        "out_dir = 'out-swaps'\nstart = ['ab=', 'cd=']\nnum_samples = 2\n"
+        "stop_token_char = '\\n'\ntemperature = 0\n"
     )
     texts = swapped.run('sample.py', 'ask.py', '--device=cpu').stdout.split('\n---------------\n')[
         :-1

@@ -1,6 +1,7 @@
 """
-Whatever comes in, a script ends with success, or with one line and a fitting exit code; it hangs never, shows no
-traceback, and changes no file but those it is asked to write. Some examples at each test run; many by
+Whatever the input, a script succeeds, or prints one line and exits with a fitting code. It never
+hangs, never shows a traceback, and writes no files but those it should. Some examples by
+default; many with
 
     FUZZ=2000 python -m pytest tests/test_fuzz.py
 """
@@ -26,9 +27,10 @@ fuzz = settings(
     print_blob=False,
     suppress_health_check=list(HealthCheck),
 )
-pytestmark = pytest.mark.skipif(
-    os.name != 'posix', reason='runs thousands of scripts, forked from one process'
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(os.name != 'posix', reason='forks thousands of scripts from one process'),
+]
 
 SHORT = [*TINY, '--max_iters=2', '--eval_interval=2', '--eval_iters=1', '--out_dir=out-fuzz']
 SAMPLE = [

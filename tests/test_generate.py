@@ -44,7 +44,10 @@ def random_model(**knobs):
 
 
 def windows(model, prompt, n, **options):
-    """Tokens and log-probabilities by recomputing the last block_size tokens for each new one, as nanoGPT does."""
+    """
+    Greedy tokens and log-probabilities, by recomputing the last block_size tokens for each new
+    one, as nanoGPT does.
+    """
     ids, logprobs = list(prompt), []
     for _ in range(n):
         logits = model(torch.tensor([ids[-model.config.block_size :]]))[0][0, -1]
@@ -55,7 +58,7 @@ def windows(model, prompt, n, **options):
 
 @pytest.mark.parametrize('knobs', KNOBS)
 def test_log_probabilities_with_the_cache_equal_those_without(knobs):
-    """For every prompt length from 1 to block_size, in one batch and alone, token by token up to block_size."""
+    """For every prompt length from 1 to block_size, in one batch and alone, up to block_size."""
     model = random_model(**knobs)
     prompts = [torch.randint(29, (n,)).tolist() for n in range(1, 17)]
     for batch in (prompts, *[[prompt] for prompt in prompts[::5]]):
@@ -109,7 +112,7 @@ def test_learned_positions_beyond_block_size_equal_nanogpts_window():
 
 @pytest.mark.parametrize('pos', ['rotary', 'alibi', 'none'])
 def test_other_positions_slide_beyond_block_size(pos):
-    """Equal to one pass over everything in which each token sees the block_size columns up to its own."""
+    """Equal to one pass over all tokens in which each sees the last block_size columns."""
     model = random_model(pos=pos)
     prompt = torch.randint(29, (5,)).tolist()
     got = torch.stack(list(stream(model, [prompt], 40, temperature=0)), dim=1)[0].tolist()
@@ -131,7 +134,7 @@ def test_other_positions_slide_beyond_block_size(pos):
 
 @pytest.mark.parametrize('pos', ['rotary', 'alibi', 'learned'])
 def test_a_text_that_goes_on_keeps_its_cache_and_is_the_same_as_made_at_once(pos):
-    """Turns of a few tokens each, past block_size where positions slide; what is known is not fed again."""
+    """Turns of a few tokens, past block_size if positions slide; nothing is computed twice."""
     model, text = random_model(pos=pos), []
     cache = KVCache(model.config, 16, torch.tensor([0]))
     for said in ([3, 1, 4], [1, 5], [9, 2, 6, 5, 3, 5], [8] * 9):
@@ -247,7 +250,10 @@ def test_repetition_is_penalised_as_in_transformers():
 
 @pytest.mark.parametrize('knobs', [KNOBS[0], KNOBS[-1]])
 def test_packed_weights_give_the_same_logits(knobs):
-    """In float32 to rounding, with the tied matrix still there to look tokens up; in 8 bits to what 8 bits hold."""
+    """
+    Up to rounding in float32, where the tied matrix still looks tokens up, and within the
+    precision of int8.
+    """
     sizes = dict(vocab_size=1024, n_embd=256, n_head=4)
     plain, packed, packed_many, int8 = models = [
         random_model(**{**knobs, **sizes}) for _ in range(4)
@@ -272,7 +278,7 @@ def test_packed_weights_give_the_same_logits(knobs):
 
 
 def test_a_stride_recomputes_the_window_less_often():
-    """With learned positions the context falls back to block_size - stride + 1 tokens and grows from there."""
+    """Learned positions cut the context to block_size - stride + 1 tokens, then it grows."""
     model, prompt, stride = random_model(), torch.randint(29, (9,)).tolist(), 5
     made = model.generate(torch.tensor([prompt]), 30, temperature=0, stride=stride)[0].tolist()
     ids, start = list(prompt), 0
@@ -322,7 +328,7 @@ def test_a_compiled_chat_is_compiled_once(knobs):
 
 @pytest.fixture
 def taped(monkeypatch):
-    """Steps are recorded and replayed on this CPU as CUDA graphs would be (tape.py). How often they were."""
+    """Record and replay steps on this CPU as CUDA graphs are (tape.py); returns the counts."""
     counts = {'record': 0, 'replay': 0}
 
     def record(self, function, inputs):

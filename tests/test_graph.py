@@ -1,14 +1,16 @@
 """
-The parts of an iteration as CUDA graphs, on a CPU: tape.py records their operations and replays them on the same memory, so
-what these tests see is whether the parts depend on anything but tensors that are written in place.
+The parts of an iteration as CUDA graphs, on a CPU: tape.py records their operations and replays
+them on the same memory. So these tests see whether the parts depend on anything but tensors that
+are written in place.
 """
 
+import math
 from pathlib import Path
 
 import pytest
 import tape
 import torch
-from conftest import TINY
+from conftest import ROOT, TINY
 
 from model import GPT, GPTConfig
 from support import checkpoint as ckpt
@@ -45,10 +47,13 @@ if planted: # the loss of this iteration is nan; forward knows it by a tensor
         factor.fill_(float('nan') if iteration == int(planted) else 1.0)
         spoil(optimizer, lr, iteration)
     muon.set_rates = plant
-if os.environ.get('ITEM'): # somebody looks at a number within a step
-    import data.loader
-    weigh = data.loader.Loader.scale_loss
-    data.loader.Loader.scale_loss = lambda self, loss, Y: weigh(self, loss, Y) if loss.item() else loss
+if os.environ.get('ITEM'): # a step looks at a number
+    from data.loader import Loader
+    scale_loss = Loader.scale_loss
+    def look(self, loss, Y):
+        loss.item()
+        return scale_loss(self, loss, Y)
+    Loader.scale_loss = look
 runpy.run_path('train.py', run_name='__main__')
 """
 MUON = ['--optimizer=muon', '--pos=rotary', '--tie_embeddings=False', '--weight_decay=0.1']
@@ -61,32 +66,39 @@ def taped(project):
 
     def run(out, *flags, on=True, **env):
         env = {'TAPE': str(int(on)), **env}
-        return project.run(
-            'taped.py', 'train.py', *TINY, f'--out_dir={out}', '--log_interval=1', *flags, env=env
-        ).stdout
+        command = 'taped.py', 'train.py', *TINY, f'--out_dir={out}', '--log_interval=1', *flags
+        return project.run(*command, env=env).stdout
 
     run.path = project.path
     return run
 
 
 def outcome(folder):
-    """Losses, norms and weights of a run, and its optimizer's state."""
+    """(rows of the log, weights, tensors of the optimizer's state) of a run."""
     checkpoint = ckpt.load(str(folder / 'ckpt.pt'))
-    state = ckpt.read(str(folder / checkpoint['optimizer_file']))['state']
+    states = ckpt.read(str(folder / checkpoint['optimizer_file']))['state']
     names = ('iter', 'loss', 'train_loss', 'val_loss', 'grad_norm', 'clipped', 'bad_steps', 'lr')
     rows = [[row.get(name) for name in names] for row in read_log(folder / 'log.csv')]
-    return (
-        rows,
-        [*checkpoint['model'].values()],
-        [t for tensors in state.values() for t in tensors.values()],
-    )
+    tensors = []
+    for state in states.values():
+        tensors += state.values()
+    return rows, [*checkpoint['model'].values()], tensors
+
+
+def assert_equal(tensors, others):
+    assert len(tensors) == len(others)
+    assert all(torch.equal(x, y) for x, y in zip(tensors, others))
 
 
 def same(a, b):
-    (rows, *tensors), (other_rows, *other_tensors) = outcome(a), outcome(b)
-    assert repr(rows) == repr(other_rows)  # nan is not itself
-    for mine, theirs in zip(tensors, other_tensors):
-        assert len(mine) == len(theirs) and all(torch.equal(x, y) for x, y in zip(mine, theirs))
+    (rows, weights, states), (rows_b, weights_b, states_b) = outcome(a), outcome(b)
+    assert repr(rows) == repr(rows_b)  # as text, since nan is not equal to itself
+    assert_equal(weights, weights_b)
+    assert_equal(states, states_b)
+
+
+def weights(folder):
+    return [*ckpt.load(str(folder / 'ckpt.pt'))['model'].values()]
 
 
 @pytest.mark.parametrize(
@@ -125,23 +137,21 @@ def test_a_bad_step_leaves_weights_and_state_alone(taped, flags):
     for name, on in (('out-taped-bad', True), ('out-plain-bad', False)):
         taped(name, *flags, on=on, PLANT='7')
     same(taped.path / 'out-taped-bad', taped.path / 'out-plain-bad')
-    rows = [
-        row for row in read_log(taped.path / 'out-taped-bad' / 'log.csv') if row.get('bad_steps')
-    ]
-    assert [row['iter'] for row in rows] == [7] and torch.isfinite(
-        torch.tensor(rows[0]['val_loss'] if 'val_loss' in rows[0] else 0.0)
-    )
+    rows = read_log(taped.path / 'out-taped-bad' / 'log.csv')
+    assert [row['iter'] for row in rows if row.get('bad_steps')] == [7]
+    assert all(math.isfinite(row['val_loss']) for row in rows if 'val_loss' in row)
 
 
 @pytest.mark.parametrize('on', [True, False])
 @pytest.mark.parametrize('flags', [[], MUON], ids=['adamw', 'muon'])
 def test_a_bad_step_changes_no_weight_and_no_state(taped, flags, on):
-    """Muon's momentum and AdamW's step count included: the run that ends before the bad step is the same."""
+    """Not even Muon's momentum or AdamW's step count: a run that ends before it is the same."""
     for name, iters in (('out-before-bad', 7), ('out-after-bad', 8)):
         taped(name, *flags, f'--max_iters={iters}', on=on, PLANT='7')
-    before, after = (outcome(taped.path / name)[1:] for name in ('out-before-bad', 'out-after-bad'))
-    for mine, theirs in zip(before, after):
-        assert len(mine) == len(theirs) and all(torch.equal(x, y) for x, y in zip(mine, theirs))
+    _, weights_before, states_before = outcome(taped.path / 'out-before-bad')
+    _, weights_after, states_after = outcome(taped.path / 'out-after-bad')
+    assert_equal(weights_before, weights_after)
+    assert_equal(states_before, states_after)
 
 
 @pytest.mark.parametrize('first', [True, False])
@@ -150,42 +160,32 @@ def test_a_run_resumes_with_and_without_graphs(taped, flags, first):
     taped('out-straight', *flags, '--max_iters=16')
     taped('out-resumed', *flags, '--max_iters=9', on=first)
     taped('out-resumed', *flags, '--max_iters=16', '--init_from=resume', on=not first)
-    a, b = (
-        ckpt.load(str(taped.path / name / 'ckpt.pt'))['model']
-        for name in ('out-straight', 'out-resumed')
-    )
-    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert_equal(weights(taped.path / 'out-straight'), weights(taped.path / 'out-resumed'))
 
 
 def test_a_recording_that_fails_costs_one_line(taped):
     out = taped('out-item', ITEM='1')
-    assert (
-        out.count('add_gradients could not be recorded as a CUDA graph and runs without: ')
-        == out.count('could not be recorded')
-        == 1
-    )
+    assert 'add_gradients could not be recorded as a CUDA graph and runs without: ' in out
+    assert out.count('could not be recorded') == 1
     taped('out-plain-item', on=False)
     same(taped.path / 'out-item', taped.path / 'out-plain-item')
 
 
 def test_an_older_optimizer_file_resumes(taped):
-    """Muon counted its steps there, and rates were numbers."""
+    """Its rates are numbers, and Muon counts its steps."""
     taped('out-older-state', *MUON, '--max_iters=6')
     taped('out-straight-muon', *MUON, '--max_iters=12')
-    name = ckpt.load(str(taped.path / 'out-older-state'))['optimizer_file']
-    state = torch.load(taped.path / 'out-older-state' / name)
+    older = taped.path / 'out-older-state'
+    file = older / ckpt.load(str(older))['optimizer_file']
+    state = torch.load(file)
     for group in state['param_groups']:
         del group['capturable']
         group['lr'] = 1e-3
         if group.get('muon'):
             group.update(momentum=0.95, steps=6)
-    torch.save(state, taped.path / 'out-older-state' / name)
+    torch.save(state, file)
     taped('out-older-state', *MUON, '--max_iters=12', '--init_from=resume')
-    a, b = (
-        ckpt.load(str(taped.path / name / 'ckpt.pt'))['model']
-        for name in ('out-straight-muon', 'out-older-state')
-    )
-    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert_equal(weights(taped.path / 'out-straight-muon'), weights(older))
 
 
 def test_a_recorded_function_asks_for_the_shape_it_was_recorded_for(monkeypatch):
@@ -195,11 +195,9 @@ def test_a_recorded_function_asks_for_the_shape_it_was_recorded_for(monkeypatch)
     for i in range(6):
         add(torch.full((3,), float(i)))
     assert seen.tolist() == [15.0] * 3
+    message = r'was recorded for a tensor of \(3,\), torch.float32 and got one of'
     for wrong in (torch.ones(2), torch.ones(3, dtype=torch.int64)):
-        with pytest.raises(
-            AssertionError,
-            match=r'was recorded for a tensor of \(3,\), torch.float32 and got one of',
-        ):
+        with pytest.raises(AssertionError, match=message):
             add(wrong)
 
 
@@ -241,19 +239,11 @@ def test_asking_for_what_cannot_be_recorded_is_an_error(case, message):
 
 
 def test_scripts_say_so_in_one_line(project):
-    assert 'cuda_graph=True is supported only on a CUDA device' in project.error(
-        'train.py', *TINY, '--cuda_graph=True'
-    )
-    from test_parallel import BOTH
-
-    done = project.run(
-        'train.py',
-        *TINY,
-        '--cuda_graph=True',
-        '--gradient_accumulation_steps=2',
-        launcher=BOTH,
-        check=False,
-    )
+    command = 'train.py', *TINY, '--cuda_graph=True'
+    line = project.error(*command)
+    assert 'cuda_graph=True is supported only on a CUDA device' in line
+    flag = '--gradient_accumulation_steps=2'
+    done = project.run(*command, flag, processes=2, check=False)
     assert done.returncode != 0 and 'cuda_graph=True is supported only on' in done.stderr
 
 
@@ -268,30 +258,15 @@ RECIPES = {
 
 @pytest.mark.parametrize('recipe', RECIPES)
 def test_only_a_long_run_is_worth_compiling(recipe):
-    settings = dict(
-        n_layer=12,
-        n_head=12,
-        n_embd=768,
-        block_size=1024,
-        batch_size=12,
-        gradient_accumulation_steps=40,
-        max_iters=600000,
-    )
-    exec(
-        (Path(__file__).parent.parent / 'config' / f'{recipe}.py').read_text(encoding='utf-8'),
-        settings,
-    )
+    settings = dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=12)
+    settings |= dict(gradient_accumulation_steps=40, max_iters=600000)
+    exec((ROOT / 'config' / f'{recipe}.py').read_text(encoding='utf-8'), settings)
     sizes = {name: settings[name] for name in ('n_layer', 'n_head', 'n_embd', 'block_size')}
     with torch.device('meta'):
-        per_token = GPT(
-            GPTConfig(**sizes, vocab_size=RECIPES[recipe], bias=False)
-        ).flops_per_token()
-    tokens = (
-        settings['max_iters']
-        * settings['gradient_accumulation_steps']
-        * settings['batch_size']
-        * settings['block_size']
-    )
+        model = GPT(GPTConfig(**sizes, vocab_size=RECIPES[recipe], bias=False))
+    per_token = model.flops_per_token()
+    tokens = settings['batch_size'] * settings['block_size']
+    tokens *= settings['gradient_accumulation_steps'] * settings['max_iters']
     assert pays_to_compile(tokens * per_token) == (recipe == 'train_gpt2')
 
 

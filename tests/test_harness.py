@@ -1,4 +1,4 @@
-"""Benchmarks through lm_eval, on local files. Skipped where lm_eval is not installed (pip install '.[eval]')."""
+"""Benchmarks of lm_eval on local files. Skipped without lm_eval (pip install '.[eval]')."""
 
 import json
 from contextlib import nullcontext

@@ -109,7 +109,7 @@ def test_without_masks_and_alignment_nothing_changes(tmp_path):
     assert (aligned.gather(aligned.train_starts(np.arange(50)))[1] >= 0).all()
 
 
-def test_bpe_tokens_mark_and_end_lines_too(fake_bpe):
+def test_bpe_tokens_mark_and_end_lines_too(fake_bpe):  # noqa: F811
     lines = read_lines(GPT2, 300, '=', True, True)
     assert np.flatnonzero(lines.mark).tolist() == [ord('=')]
     assert np.flatnonzero(lines.newline).tolist() == [ord('\n')]
@@ -210,7 +210,7 @@ def texts(rows):
 
 
 def test_the_calculator_computes_as_fractions_do():
-    """Python parses the expression and its fractions compute it; round() takes halves to the even one."""
+    """Python's eval() with fractions, and round(), which rounds halves to the even number."""
     for question, answer in some_lines('calculator'):
         expression = re.sub(r'\d+(\.\d+)?', r'Fraction("\g<0>")', question)
         value = eval(expression, {'__builtins__': {}, 'Fraction': Fraction})

@@ -1,5 +1,3 @@
-import sys
-
 import pytest
 import torch
 from conftest import TINY
@@ -81,8 +79,7 @@ def test_fsdp_gathers_matrices_that_some_processes_hold_nothing_of(project, trai
     """With a rank below the number of processes some hold no row of lora_a."""
     flags = [*LORA, '--gradient_accumulation_steps=2', '--max_iters=3', '--lora_rank=1']
     project.run('train.py', *flags, '--out_dir=out-one')
-    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
-    project.run('train.py', *flags, '--out_dir=out-shared', '--fsdp=True', launcher=torchrun)
+    project.run('train.py', *flags, '--out_dir=out-shared', '--fsdp=True', processes=2)
     one, shared = (read_weights(project.path / name) for name in ('out-one', 'out-shared'))
     assert one.keys() == shared.keys()
     for name in one:

@@ -11,43 +11,57 @@ from support.cpu import dropout
 from support.hf import from_pretrained
 from support.weights import resolve_sizes
 
+SIZES = dict(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=16)
+MODERN = dict(bias=False, pos='rotary', norm='rmsnorm', activation='relu2', qk_norm=True)
+MODERN |= dict(tie_embeddings=False, embed_norm=True, logit_cap=15.0, init='zero_proj')
+
 
 def tiny(**changes):
     torch.manual_seed(0)
-    return GPT(
-        GPTConfig(
-            **{
-                **dict(
-                    block_size=16,
-                    vocab_size=64,
-                    n_layer=2,
-                    n_head=2,
-                    n_embd=16,
-                    dropout=0.0,
-                    bias=True,
-                ),
-                **changes,
-            }
-        )
-    )
+    return GPT(GPTConfig(**{**SIZES, **changes}))
 
 
 def randomized(model, std=0.3):
-    """Weights, biases and norms all random, so that a parity test can miss none of them."""
+    """Add noise to all weights, biases and norms, so that a parity test misses none of them."""
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * std)
     return model
 
 
+def scrambled(**knobs):
+    """(tiny GPT with random weights everywhere, tokens), even where weights start at zero."""
+    model = tiny(**{'vocab_size': 13, 'n_head': 4, 'n_embd': 32, **knobs}).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return model, torch.randint(13, (2, 16))
+
+
+def count_parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def loss_and_saved_sizes(model, idx, targets):
+    """The loss, and the sizes of the tensors that are kept for backward."""
+    sizes = []
+
+    def keep(x):
+        sizes.append(x.numel())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        loss = model(idx, targets)[1]
+    return loss, sizes
+
+
+# -----------------------------------------------------------------------------
+# GPT-2
 def gpt2_of_transformers():
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(1)
-    return randomized(
-        GPT2LMHeadModel(GPT2Config(vocab_size=101, n_positions=32, n_embd=48, n_layer=3, n_head=4)),
-        0.1,
-    ).eval()
+    config = GPT2Config(vocab_size=101, n_positions=32, n_embd=48, n_layer=3, n_head=4)
+    return randomized(GPT2LMHeadModel(config), 0.1).eval()
 
 
 def test_logits_equal_those_of_transformers_gpt2(tmp_path):
@@ -56,22 +70,23 @@ def test_logits_equal_those_of_transformers_gpt2(tmp_path):
     ours = from_pretrained(str(tmp_path))[0].eval()
     idx = torch.randint(101, (4, 32))
     with torch.no_grad():
-        assert (ours(idx, idx)[0] - theirs(idx).logits).abs().max() < 1e-4
-        assert (ours(idx)[0] - theirs(idx).logits[:, -1:]).abs().max() < 1e-4
+        logits = theirs(idx).logits
+        assert (ours(idx, idx)[0] - logits).abs().max() < 1e-4
+        assert (ours(idx)[0] - logits[:, -1:]).abs().max() < 1e-4
 
 
-def test_pretrained_keeps_its_sizes_and_takes_a_dropout(tmp_path):
+def test_pretrained_weights_keep_their_sizes_and_take_a_dropout(tmp_path):
     gpt2_of_transformers().save_pretrained(tmp_path)
-    cfg = from_pretrained(str(tmp_path), dropout=0.1)[0].config
-    assert (
-        cfg.block_size,
-        cfg.vocab_size,
-        cfg.n_layer,
-        cfg.n_head,
-        cfg.n_embd,
-        cfg.bias,
-        cfg.dropout,
-    ) == (32, 101, 3, 4, 48, True, 0.1)
+    config = from_pretrained(str(tmp_path), dropout=0.1)[0].config
+    sizes = dict(block_size=32, vocab_size=101, n_layer=3, n_head=4, n_embd=48)
+    assert config == GPTConfig(**sizes, bias=True, dropout=0.1)
+
+
+def error_of(name):
+    try:
+        from_pretrained(name)
+    except ValueError as e:
+        return str(e)
 
 
 @pytest.mark.parametrize(
@@ -83,100 +98,78 @@ def test_pretrained_keeps_its_sizes_and_takes_a_dropout(tmp_path):
         ('nobody/nothing', 'no such file or folder is here, and from the hub: '),
     ],
 )
-def test_weights_that_cannot_be_had_are_a_one_line_error(name, message, monkeypatch, tmp_path):
+def test_weights_that_cannot_be_loaded_are_a_one_line_error(name, message, monkeypatch, tmp_path):
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path))
-    if name == 'gpt2' and not isinstance(_attempt(name), ValueError):
+    error = error_of(name)
+    if name == 'gpt2' and error is None:
         pytest.skip('gpt2 is in the cache of this machine')
-    error = _attempt(name)
-    assert isinstance(error, ValueError) and message in str(error) and '\n' not in str(error)
+    assert message in error
+    assert '\n' not in error
 
 
-def _attempt(name):
-    try:
-        return from_pretrained(name)
-    except ValueError as e:
-        return e
-
-
-def test_parameter_names_and_shapes_are_nanogpts():
-    shapes = {name: tuple(p.shape) for name, p in tiny().state_dict().items()}
+def test_parameter_names_shapes_and_their_order_are_nanogpts():
     block = {
-        f'transformer.h.{i}.{name}': shape
-        for i in range(2)
-        for name, shape in {
-            'ln_1.weight': (16,),
-            'ln_1.bias': (16,),
-            'attn.c_attn.weight': (48, 16),
-            'attn.c_attn.bias': (48,),
-            'attn.c_proj.weight': (16, 16),
-            'attn.c_proj.bias': (16,),
-            'ln_2.weight': (16,),
-            'ln_2.bias': (16,),
-            'mlp.c_fc.weight': (64, 16),
-            'mlp.c_fc.bias': (64,),
-            'mlp.c_proj.weight': (16, 64),
-            'mlp.c_proj.bias': (16,),
-        }.items()
+        'ln_1.weight': (16,),
+        'ln_1.bias': (16,),
+        'attn.c_attn.weight': (48, 16),
+        'attn.c_attn.bias': (48,),
+        'attn.c_proj.weight': (16, 16),
+        'attn.c_proj.bias': (16,),
+        'ln_2.weight': (16,),
+        'ln_2.bias': (16,),
+        'mlp.c_fc.weight': (64, 16),
+        'mlp.c_fc.bias': (64,),
+        'mlp.c_proj.weight': (16, 64),
+        'mlp.c_proj.bias': (16,),
     }
-    assert shapes == {
-        'transformer.wte.weight': (64, 16),
-        'transformer.wpe.weight': (16, 16),
-        **block,
-        'transformer.ln_f.weight': (16,),
-        'transformer.ln_f.bias': (16,),
-        'lm_head.weight': (64, 16),
-    }
-    assert tiny().lm_head.weight is not None and tiny().transformer.wte.weight.shape == (64, 16)
-    m = tiny()
-    assert m.lm_head.weight is m.transformer.wte.weight
+    want = {'transformer.wte.weight': (64, 16), 'transformer.wpe.weight': (16, 16)}
+    for i in range(2):
+        want |= {f'transformer.h.{i}.{name}': shape for name, shape in block.items()}
+    want |= {'transformer.ln_f.weight': (16,), 'transformer.ln_f.bias': (16,)}
+    model = tiny()
+    assert [(name, p.shape) for name, p in model.named_parameters()] == [*want.items()]
+    shapes = {name: p.shape for name, p in model.state_dict().items()}
+    assert shapes == {**want, 'lm_head.weight': (64, 16)}
+    assert model.lm_head.weight is model.transformer.wte.weight
     assert not any('bias' in name for name in tiny(bias=False).state_dict())
 
 
 def test_the_shakespeare_recipe_has_10_65_million_parameters():
+    sizes = dict(block_size=256, vocab_size=65, n_layer=6, n_head=6, n_embd=384)
     with torch.device('meta'):
-        model = GPT(
-            GPTConfig(block_size=256, vocab_size=65, n_layer=6, n_head=6, n_embd=384, bias=False)
-        )
+        model = GPT(GPTConfig(**sizes, bias=False))
     assert round(model.get_num_params() / 1e6, 2) == 10.65
 
 
-def test_a_fresh_model_knows_nothing():
-    m = tiny()
+def test_a_new_model_starts_at_the_loss_of_uniform_guessing():
     idx, targets = torch.randint(64, (2, 64, 16))
-    assert abs(m(idx, targets)[1].item() - math.log(64)) < 0.1
-    stds = {
-        name: p.std().item()
-        for name, p in GPT(
-            GPTConfig(block_size=64, vocab_size=64, n_layer=8, n_embd=128, n_head=2)
-        ).named_parameters()
-    }
-    assert (
-        abs(stds['transformer.h.0.mlp.c_fc.weight'] - 0.02) < 1e-3
-        and abs(stds['transformer.h.0.mlp.c_proj.weight'] - 0.005) < 5e-4
-    )
+    assert abs(tiny()(idx, targets)[1].item() - math.log(64)) < 0.1
+    mlp = tiny(n_layer=8, n_embd=128).transformer.h[0].mlp
+    assert abs(mlp.c_fc.weight.std().item() - 0.02) < 1e-3
+    assert abs(mlp.c_proj.weight.std().item() - 0.005) < 5e-4
 
 
-def test_the_future_is_not_seen_with_or_without_dropout():
-    for m in (tiny().eval(), tiny(dropout=0.5).train()):
-        idx = torch.randint(64, (2, 16))
-        other = idx.clone()
-        other[:, 9:] = (other[:, 9:] + 1) % 64
-        torch.manual_seed(3)
-        a = m(idx, idx)[0]
-        torch.manual_seed(3)
-        b = m(other, other)[0]
-        assert torch.equal(a[:, :9], b[:, :9]) and not torch.equal(a[:, 9:], b[:, 9:])
+@pytest.mark.parametrize('p', [0.0, 0.5])
+def test_the_future_is_not_seen_with_or_without_dropout(p):
+    m = tiny(dropout=p).train(p > 0)
+    idx = torch.randint(64, (2, 16))
+    other = idx.clone()
+    other[:, 9:] = (other[:, 9:] + 1) % 64
+    torch.manual_seed(3)
+    a = m(idx, idx)[0]
+    torch.manual_seed(3)
+    b = m(other, other)[0]
+    assert torch.equal(a[:, :9], b[:, :9])
+    assert not torch.equal(a[:, 9:], b[:, 9:])
 
 
 def test_targets_of_minus_one_do_not_count():
-    m = tiny()
     idx, targets = torch.randint(64, (2, 2, 16))
     targets[:, :10] = -1
-    logits, loss = m(idx, targets)
-    assert torch.allclose(
-        loss, F.cross_entropy(logits[:, 10:].reshape(-1, 64), targets[:, 10:].reshape(-1))
-    )
+    logits, loss = tiny()(idx, targets)
+    want = F.cross_entropy(logits[:, 10:].flatten(0, 1), targets[:, 10:].flatten())
+    assert torch.allclose(loss, want)
 
 
 @pytest.mark.parametrize('p', [0.1, 0.2, 0.5])
@@ -184,25 +177,25 @@ def test_dropout_zeroes_its_share_and_keeps_the_mean(p):
     torch.manual_seed(0)
     x = torch.ones(1000, 333, requires_grad=True)
     y = dropout(x, p, training=True)
-    assert abs((y == 0).float().mean().item() - p) < 0.005 and abs(y.mean().item() - 1) < 0.01
     zeros = (y == 0).float()
-    assert (
-        abs(zeros[:, 0].mean() - p) < 0.05
-        and abs((zeros[:, 1:] * zeros[:, :-1]).mean() - p * p) < 0.005
-    )  # neighbours are independent
+    assert abs(zeros.mean() - p) < 0.005
+    assert abs(y.mean() - 1) < 0.01
+    assert abs(zeros[:, 0].mean() - p) < 0.05
+    both = (zeros[:, 1:] * zeros[:, :-1]).mean()
+    assert abs(both - p * p) < 0.005  # neighbours are independent
     y.sum().backward()
     assert torch.equal(x.grad == 0, y == 0)
     assert dropout(x, p, training=False) is x
 
 
 def test_attention_with_dropout_is_attention_on_average():
-    m = tiny(dropout=0.2, n_embd=32)
-    attn = randomized(m).transformer.h[0].attn
+    attn = randomized(tiny(dropout=0.2, n_embd=32)).transformer.h[0].attn
     x = torch.randn(1, 16, 32)
     torch.manual_seed(0)
     with torch.no_grad():
         mean = attn.train()(x.expand(20000, 16, 32)).mean(0)
-        assert (mean - attn.eval()(x)[0]).abs().max() < 0.05 * attn.eval()(x).abs().max()
+        want = attn.eval()(x)[0]
+    assert (mean - want).abs().max() < 0.05 * want.abs().max()
 
 
 def test_cropping_keeps_the_first_positions():
@@ -210,25 +203,25 @@ def test_cropping_keeps_the_first_positions():
     idx = torch.randint(64, (2, 8))
     before = m(idx)[0]
     m.crop_block_size(8)
-    assert torch.equal(m(idx)[0], before) and m.config.block_size == 8
+    assert torch.equal(m(idx)[0], before)
+    assert m.config.block_size == 8
     with pytest.raises(AssertionError):
         m(torch.randint(64, (2, 9)))
 
 
 def test_decay_is_for_matrices_only_and_adamw_is_fused():
-    optimizer = tiny().configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
-    decay, rest = optimizer.param_groups
+    model = tiny()
+    decay, rest = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu').param_groups
+    assert decay['fused']
     assert decay['weight_decay'] == 0.1 and all(p.dim() == 2 for p in decay['params'])
     assert rest['weight_decay'] == 0.0 and all(p.dim() == 1 for p in rest['params'])
-    assert decay['fused'] and sum(
-        p.numel() for g in optimizer.param_groups for p in g['params']
-    ) == sum(p.numel() for p in tiny().parameters())
+    params = decay['params'] + rest['params']
+    assert sum(p.numel() for p in params) == count_parameters(model)
 
 
 def test_a_token_takes_six_flops_a_parameter_plus_attention():
     m = tiny()
-    per_token = 6 * m.get_num_params() + 12 * 2 * 16 * 16
-    assert m.flops_per_token() == per_token
+    assert m.flops_per_token() == 6 * m.get_num_params() + 12 * 2 * 16 * 16
 
 
 def test_greedy_generation_follows_the_most_likely_token_past_the_block():
@@ -236,9 +229,8 @@ def test_greedy_generation_follows_the_most_likely_token_past_the_block():
     idx = torch.randint(64, (3, 5))
     want = idx
     for _ in range(20):
-        want = torch.cat(
-            [want, m(want[:, -16:], want[:, -16:])[0][:, -1].argmax(-1, keepdim=True)], dim=1
-        )
+        logits = m(want[:, -16:])[0]  # of the last position
+        want = torch.cat([want, logits[:, -1].argmax(-1, keepdim=True)], dim=1)
     assert torch.equal(m.generate(idx, 20, temperature=0), want)
     assert torch.equal(m.generate(idx, 20, top_k=1), want)
 
@@ -248,19 +240,21 @@ def test_sampling_follows_the_models_probabilities():
     idx = torch.randint(64, (1, 5))
     torch.manual_seed(0)
     drawn = m.generate(idx.expand(20000, 5), 1, temperature=0.7)[:, -1]
+    shares = torch.bincount(drawn, minlength=64) / 20000
     want = torch.softmax(m(idx)[0][0, -1] / 0.7, -1)
-    assert (torch.bincount(drawn, minlength=64) / 20000 - want).abs().max() < 0.015
+    assert (shares - want).abs().max() < 0.015
 
 
-def test_padding_of_the_vocabulary_is_never_sampled():
-    m = tiny().eval()
-    for options in (dict(temperature=0), dict(temperature=5.0), dict(top_k=200, temperature=5.0)):
-        assert (
-            m.generate(torch.zeros(50, 1, dtype=torch.long), 10, vocab_size=10, **options).max()
-            < 10
-        )
+@pytest.mark.parametrize(
+    'options', [dict(temperature=0), dict(temperature=5.0), dict(top_k=200, temperature=5.0)]
+)
+def test_padding_of_the_vocabulary_is_never_sampled(options):
+    start = torch.zeros(50, 1, dtype=torch.long)
+    assert tiny().eval().generate(start, 10, vocab_size=10, **options).max() < 10
 
 
+# -----------------------------------------------------------------------------
+# sizes
 @pytest.mark.parametrize(
     'given, want',
     [
@@ -274,7 +268,7 @@ def test_padding_of_the_vocabulary_is_never_sampled():
         (dict(n_head=6), (6, 768)),
     ],
 )
-def test_any_sufficient_sizes_give_the_rest(given, want):
+def test_two_of_n_head_n_embd_and_d_head_give_the_third(given, want):
     assert resolve_sizes(given) == want
 
 
@@ -299,7 +293,7 @@ def test_a_contradiction_shows_its_arithmetic(given, arithmetic):
         (dict(dropout=1.0), 'dropout=1.0'),
     ],
 )
-def test_sizes_that_make_no_model_are_refused(changes, message):
+def test_sizes_that_fit_no_model_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         GPTConfig(**changes)
 
@@ -313,164 +307,102 @@ def test_sizes_that_make_no_model_are_refused(changes, message):
 )
 def test_the_network_imports_no_files_devices_or_hubs(module, needs):
     with open(module.__file__, encoding='utf-8') as f:
-        imports = {
-            line.split()[1].split('.')[0] for line in f if line.startswith(('import ', 'from '))
-        }
-    assert imports == needs
+        lines = [line for line in f if line.startswith(('import ', 'from '))]
+    assert {line.split()[1].split('.')[0] for line in lines} == needs
 
 
+# -----------------------------------------------------------------------------
+# less memory
 @pytest.mark.parametrize('dropout', [0.0, 0.2])
 def test_gradient_checkpointing_changes_no_gradient_and_keeps_less(dropout):
+    idx = torch.randint(11, (4, 32))
     kept, gradients = [], []
     for on in (False, True):
-        torch.manual_seed(1)
-        model = GPT(
-            GPTConfig(block_size=32, vocab_size=11, n_layer=4, n_head=2, n_embd=32, dropout=dropout)
-        )
+        model = tiny(block_size=32, vocab_size=11, n_layer=4, n_embd=32, dropout=dropout)
         model.gradient_checkpointing = on
-        idx = torch.randint(11, (4, 32))
-        sizes = []
         torch.manual_seed(2)
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda x: (sizes.append(x.numel()), x)[1], lambda x: x
-        ):
-            loss = model(idx, idx)[1]
+        loss, sizes = loss_and_saved_sizes(model, idx, idx)
         loss.backward()
         kept.append(sum(sizes))
         gradients.append([p.grad for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients)) and kept[1] < kept[0] / 2
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+    assert kept[1] < kept[0] / 2
 
 
 @pytest.mark.parametrize('cap', [0.0, 15.0])
-def test_the_loss_in_pieces_is_the_same_and_never_holds_all_logits(cap):
-    gradients, largest = [], []
+def test_the_loss_in_chunks_is_the_same_and_never_holds_all_logits(cap):
     idx = torch.randint(500, (4, 32))
     targets = torch.where(torch.rand(4, 32) < 0.3, -1, idx)
+    results, largest = [], []
     for chunk in (0, 10):
-        torch.manual_seed(1)
-        model = GPT(
-            GPTConfig(block_size=32, vocab_size=500, n_layer=1, n_head=2, n_embd=16, logit_cap=cap)
-        )
-        model.loss_chunk, sizes = chunk, []
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda x: (sizes.append(x.numel()), x)[1], lambda x: x
-        ):
-            loss = model(idx, targets)[1]
+        model = tiny(block_size=32, vocab_size=500, n_layer=1, logit_cap=cap)
+        model.loss_chunk = chunk
+        loss, sizes = loss_and_saved_sizes(model, idx, targets)
         loss.backward()
-        gradients.append([loss, *(p.grad for p in model.parameters())])
+        results.append([loss, *(p.grad for p in model.parameters())])
         largest.append(max(sizes))
-    for a, b in zip(*gradients):
+    for a, b in zip(*results):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
-    assert largest[0] >= 4 * 32 * 500 and largest[1] <= 4 * 32 * 64  # the widest of the rest
+    assert largest[0] >= 4 * 32 * 500
+    assert largest[1] <= 4 * 32 * 64  # the widest activation
 
 
 # -----------------------------------------------------------------------------
 # knobs of newer architectures
-MODERN = dict(
-    bias=False,
-    pos='rotary',
-    norm='rmsnorm',
-    activation='relu2',
-    qk_norm=True,
-    tie_embeddings=False,
-    embed_norm=True,
-    logit_cap=15.0,
-    init='zero_proj',
-)
-
-
-def scrambled(**knobs):
-    """A tiny GPT with random weights everywhere, zero-initialised ones included."""
-    torch.manual_seed(3)
-    model = GPT(
-        GPTConfig(**{**dict(block_size=16, vocab_size=13, n_layer=2, n_head=4, n_embd=32), **knobs})
-    ).eval()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-    return model, torch.randint(13, (2, 16))
-
-
 @pytest.mark.parametrize('n_kv_head', [None, 2, 1])
 def test_the_modern_network_is_nanochats(n_kv_head):
     from transformers import NanoChatConfig, NanoChatForCausalLM
 
     ours, idx = scrambled(**MODERN, n_kv_head=n_kv_head)
-    theirs = NanoChatForCausalLM(
-        NanoChatConfig(
-            vocab_size=13,
-            hidden_size=32,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=n_kv_head,
-            max_position_embeddings=16,
-            final_logit_softcapping=15.0,
-        )
-    ).eval()
+    config = NanoChatConfig(
+        vocab_size=13,
+        hidden_size=32,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=n_kv_head,
+        max_position_embeddings=16,
+        final_logit_softcapping=15.0,
+    )
+    theirs = NanoChatForCausalLM(config).eval()
     weights = ours.state_dict()
-    mapped = {
-        'model.embed_tokens.weight': weights['transformer.wte.weight'],
-        'lm_head.weight': weights['lm_head.weight'],
-    }
+    mapped = {'model.embed_tokens.weight': weights['transformer.wte.weight']}
+    mapped['lm_head.weight'] = weights['lm_head.weight']
+    kv = 8 * (n_kv_head or 4)
     for i in range(2):
-        block = f'transformer.h.{i}.'
-        kv = 8 * (n_kv_head or 4)
-        qkv = weights[block + 'attn.c_attn.weight'].split((32, kv, kv))
-        mapped |= {
-            f'model.layers.{i}.self_attn.{name}_proj.weight': w for name, w in zip('qkv', qkv)
-        }
-        mapped |= {
-            f'model.layers.{i}.self_attn.o_proj.weight': weights[block + 'attn.c_proj.weight'],
-            f'model.layers.{i}.mlp.fc1.weight': weights[block + 'mlp.c_fc.weight'],
-            f'model.layers.{i}.mlp.fc2.weight': weights[block + 'mlp.c_proj.weight'],
-        }
+        block, layer = f'transformer.h.{i}.', f'model.layers.{i}.'
+        q, k, v = weights[block + 'attn.c_attn.weight'].split((32, kv, kv))
+        mapped[layer + 'self_attn.q_proj.weight'] = q
+        mapped[layer + 'self_attn.k_proj.weight'] = k
+        mapped[layer + 'self_attn.v_proj.weight'] = v
+        mapped[layer + 'self_attn.o_proj.weight'] = weights[block + 'attn.c_proj.weight']
+        mapped[layer + 'mlp.fc1.weight'] = weights[block + 'mlp.c_fc.weight']
+        mapped[layer + 'mlp.fc2.weight'] = weights[block + 'mlp.c_proj.weight']
     theirs.load_state_dict(mapped)
     with torch.no_grad():
         assert torch.allclose(ours(idx, idx)[0], theirs(idx).logits, atol=1e-4)
 
 
-def test_with_every_knob_at_its_default_nothing_has_changed():
-    names = [
-        name
-        for name, _ in GPT(
-            GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=8)
-        ).named_parameters()
-    ]
-    block = [
-        f'transformer.h.0.{name}.{kind}'
-        for name in ('ln_1', 'attn.c_attn', 'attn.c_proj', 'ln_2', 'mlp.c_fc', 'mlp.c_proj')
-        for kind in ('weight', 'bias')
-    ]
-    assert names == [
-        'transformer.wte.weight',
-        'transformer.wpe.weight',
-        *block,
-        'transformer.ln_f.weight',
-        'transformer.ln_f.bias',
-    ]
-
-
 def test_rotary_scores_depend_on_distance_alone_and_equal_complex_rotation():
     cos, sin = model_module.rotary_table(torch.arange(12), 8)
     q, k = torch.randn(2, 8)
-    at = lambda x, t: model_module.rotate(
-        x.view(1, 1, 1, 8), cos[t : t + 1], sin[t : t + 1]
-    ).flatten()
-    assert torch.allclose(at(q, 7) @ at(k, 4), at(q, 3) @ at(k, 0), atol=1e-5)
-    # independently: pairs (i, i + 4) as complex numbers, turned by -t * 10000^(-i / 4)
-    z = torch.complex(q[:4], q[4:]) * torch.polar(
-        torch.ones(4), -7 * 10000.0 ** (-torch.arange(4) / 4)
-    )
-    assert torch.allclose(at(q, 7), torch.cat((z.real, z.imag)), atol=1e-5)
+
+    def at(t, x):
+        rows = slice(t, t + 1)
+        return model_module.rotate(x.view(1, 1, 1, 8), cos[rows], sin[rows]).flatten()
+
+    assert torch.allclose(at(7, q) @ at(4, k), at(3, q) @ at(0, k), atol=1e-5)
+    # independently: pairs (i, i + 4) as complex numbers, rotated by -t * 10000^(-i / 4)
+    angles = -7 * 10000.0 ** (-torch.arange(4) / 4)
+    z = torch.complex(q[:4], q[4:]) * torch.polar(torch.ones(4), angles)
+    assert torch.allclose(at(7, q), torch.cat((z.real, z.imag)), atol=1e-5)
 
 
 def test_alibi_is_a_penalty_by_distance_with_a_slope_per_head():
     at = torch.arange(5)
-    distance = at[:, None] - at
-    bias = model_module.alibi(distance, 4)
-    for h, slope in enumerate(
-        (1 / 4, 1 / 16, 1 / 64, 1 / 256)
-    ):  # 2^(-8 h / 4), Press et al. 2021, section 3
+    bias = model_module.alibi(at[:, None] - at, 4)
+    # 2^(-8 h / 4), Press et al. 2021, section 3
+    for h, slope in enumerate((1 / 4, 1 / 16, 1 / 64, 1 / 256)):
         for i in range(5):
             assert bias[h, i, : i + 1].tolist() == [-slope * (i - j) for j in range(i + 1)]
 
@@ -499,14 +431,14 @@ def test_every_knob_trains_is_causal_and_does_something(knobs):
     logits = model(idx, idx)[0]
     assert logits.shape == (2, 16, 13)
     assert not torch.allclose(logits, base(idx, idx)[0], atol=1e-3)
+    if knobs.get('logit_cap'):
+        assert logits.abs().max() <= knobs['logit_cap']
     changed = idx.clone()
     changed[:, 10:] = (changed[:, 10:] + 1) % 13
     assert torch.allclose(logits[:, :10], model(changed, idx)[0][:, :10], atol=1e-5)
     model.train()
     model(idx, idx)[1].backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
-    if knobs.get('logit_cap'):
-        assert logits.abs().max() <= knobs['logit_cap']
 
 
 @pytest.mark.parametrize('pos', ['rotary', 'alibi', 'none'])
@@ -514,57 +446,58 @@ def test_positions_that_are_not_learned_go_beyond_the_trained_length(pos):
     model, _ = scrambled(pos=pos)
     idx = torch.randint(13, (1, 40))
     logits = model(idx, idx)[0]
-    assert logits.shape == (1, 40, 13) and torch.allclose(
-        logits[:, :16], model(idx[:, :16], idx[:, :16])[0], atol=1e-5
-    )
+    assert logits.shape == (1, 40, 13)
+    short = idx[:, :16]
+    assert torch.allclose(logits[:, :16], model(short, short)[0], atol=1e-5)
     assert model.generate(idx, 3).shape == (1, 43)
 
 
-def test_zero_init_starts_at_the_loss_of_knowing_nothing():
-    model = GPT(GPTConfig(block_size=16, vocab_size=13, n_layer=2, n_head=4, n_embd=32, **MODERN))
-    idx = torch.randint(13, (2, 16))
-    assert model(idx, idx)[1].item() == pytest.approx(math.log(13), abs=1e-6)
+def test_zero_proj_starts_exactly_at_the_loss_of_uniform_guessing():
+    idx = torch.randint(64, (2, 16))
+    assert tiny(**MODERN)(idx, idx)[1].item() == pytest.approx(math.log(64), abs=1e-6)
 
 
 def test_swiglu_has_as_many_weights_as_gelu():
-    count = lambda **knobs: sum(
-        p.numel()
-        for p in GPT(
-            GPTConfig(block_size=8, vocab_size=8, n_layer=1, n_head=1, n_embd=96, **knobs)
-        ).parameters()
-    )
-    assert count(activation='swiglu', bias=False) == count(bias=False)
+    swiglu, gelu = (tiny(n_embd=96, bias=False, activation=name) for name in ('swiglu', 'gelu'))
+    assert count_parameters(swiglu) == count_parameters(gelu)
 
 
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+# -----------------------------------------------------------------------------
+# support/cpu.py computes the same as torch
+def torchs_rms_norm(x):
+    return F.rms_norm(x, (x.size(-1),), eps=1e-6)
+
+
+def torchs_relu2(x):
+    return torch.relu(x).square()
+
+
 @pytest.mark.parametrize(
-    'ours, plain',
-    [
-        (model_module.rms_norm, lambda x: torch.nn.functional.rms_norm(x, (x.size(-1),), eps=1e-6)),
-        (model_module.relu2, lambda x: torch.relu(x).square()),
-    ],
+    'dtype, tolerance', [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=['float32', 'bfloat16']
 )
-def test_what_is_spelled_out_for_a_cpu_equals_torchs(ours, plain, dtype):
+@pytest.mark.parametrize(
+    'ours, theirs',
+    [(model_module.rms_norm, torchs_rms_norm), (model_module.relu2, torchs_relu2)],
+    ids=['rms_norm', 'relu2'],
+)
+def test_functions_with_a_backward_for_cpus_equal_torchs(ours, theirs, dtype, tolerance):
     x = torch.randn(2, 3, 5, 64).to(dtype).transpose(1, 2)
     grad = torch.randn(x.shape).to(dtype)
     results = []
-    for f in (ours, plain):
+    for f in (ours, theirs):
         leaf = x.detach().clone().requires_grad_()
         y = f(leaf)
         y.backward(grad)
         results.append((y.detach(), leaf.grad))
-    tolerance = dict(rtol=1e-5, atol=1e-5) if dtype == torch.float32 else dict(rtol=2e-2, atol=2e-2)
     for a, b in zip(*results):
         assert a.dtype == dtype
-        torch.testing.assert_close(a, b, **tolerance)
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-def test_attention_in_bfloat16_equals_torchs(monkeypatch):
-    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=24, vocab_size=11)).bfloat16()
+def test_attention_in_bfloat16_equals_torchs():
+    attention = tiny(n_embd=32, block_size=24).bfloat16().transformer.h[0].attn
     x = torch.randn(3, 24, 32).bfloat16()
-    attention = model.transformer.h[0].attn
     q, k, v = attention.c_attn(x).view(3, 24, 6, 16).transpose(1, 2).split(2, dim=1)
-    y = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-    torch.testing.assert_close(
-        attention(x), attention.c_proj(y.transpose(1, 2).reshape(3, 24, 32)), rtol=2e-2, atol=2e-2
-    )
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    want = attention.c_proj(y.transpose(1, 2).reshape(3, 24, 32))
+    torch.testing.assert_close(attention(x), want, rtol=2e-2, atol=2e-2)

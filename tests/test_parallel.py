@@ -1,4 +1,7 @@
-"""Several processes and several machines, on CPU: the same run as on one; and what happens when a part fails."""
+"""
+Several processes and several machines, on a CPU: they train the same run as one process, and a part
+that fails ends all.
+"""
 
 import os
 import re
@@ -18,13 +21,14 @@ from support.runlog import read_log
 
 TORCHRUN = (sys.executable, '-m', 'torch.distributed.run')
 BOTH = (*TORCHRUN, '--standalone', '--nproc_per_node=2')
+COLUMNS = 'iter tokens loss train_loss val_loss lr grad_norm clipped weight_norm'.split()
 FLAGS = [*TINY, '--dropout=0.2', '--gradient_accumulation_steps=4', '--eval_iters=100']
 posix = pytest.mark.skipif(os.name != 'posix', reason='kills processes the POSIX way')
 
 
 @pytest.fixture(scope='module')
 def alone(project):
-    """What one process makes of FLAGS."""
+    """The run of FLAGS in one process."""
     project.run('train.py', *FLAGS, '--out_dir=out-one')
     return project.path / 'out-one'
 
@@ -42,17 +46,7 @@ def assert_close(a, b):
         for name in s['state'][i]
     )
     for p, q in zip(read_log(a / 'log.csv'), read_log(b / 'log.csv'), strict=True):
-        for name in (
-            'iter',
-            'tokens',
-            'loss',
-            'train_loss',
-            'val_loss',
-            'lr',
-            'grad_norm',
-            'clipped',
-            'weight_norm',
-        ):
+        for name in COLUMNS:
             assert p.get(name) == pytest.approx(q.get(name), abs=1e-4), (name, p, q)
 
 
@@ -60,38 +54,22 @@ def test_two_processes_equal_one_with_twice_the_accumulation(project, alone):
     """Dropout included: its masks belong to the micro-batch, whichever process computes it."""
     out = project.run('train.py', *FLAGS, '--out_dir=out-two', launcher=BOTH).stdout
     assert_close(alone, project.path / 'out-two')
-    assert (
-        len([line for line in out.splitlines() if line.startswith('step')]) == 3
-    )  # the master alone prints
+    lines = [line for line in out.splitlines() if line.startswith('step')]
+    assert len(lines) == 3  # only the master prints
 
 
 def test_sharded_weights_equal_whole_ones(project, alone):
-    project.run(
-        'train.py',
-        *FLAGS,
-        '--out_dir=out-sharded',
-        '--fsdp=True',
-        '--gradient_checkpointing=True',
-        '--loss_chunk=7',
-        launcher=BOTH,
-    )
+    flags = '--fsdp=True', '--gradient_checkpointing=True', '--loss_chunk=7'
+    project.run('train.py', *FLAGS, '--out_dir=out-sharded', *flags, processes=2)
     assert_close(alone, project.path / 'out-sharded')
 
 
+@pytest.mark.slow
 def test_sharded_compiled_blocks_leave_plain_names(project, alone):
     if not any(map(shutil.which, ('c++', 'g++', 'clang++'))):
         pytest.skip('compiling on CPU needs a C++ compiler')
-    project.run(
-        'train.py',
-        *FLAGS,
-        '--dropout=0.0',
-        '--out_dir=out-compiled',
-        '--fsdp=True',
-        '--compile=True',
-        '--max_iters=2',
-        '--n_layer=1',
-        launcher=BOTH,
-    )
+    flags = '--fsdp=True', '--compile=True', '--dropout=0.0', '--max_iters=2', '--n_layer=1'
+    project.run('train.py', *FLAGS, *flags, '--out_dir=out-compiled', processes=2)
     names = ckpt.load(str(project.path / 'out-compiled'))['model'].keys()
     assert names < ckpt.load(str(alone))['model'].keys()
     saved = torch.load(project.path / 'out-compiled' / 'ckpt.pt', weights_only=True)
@@ -100,25 +78,23 @@ def test_sharded_compiled_blocks_leave_plain_names(project, alone):
 
 def test_a_run_moves_between_one_process_several_and_sharded(project, alone):
     resume = [*FLAGS, '--out_dir=out-moved', '--init_from=auto', '--save_interval=2']
-    project.run('train.py', *resume, '--max_iters=2', '--fsdp=True', launcher=BOTH)
+    project.run('train.py', *resume, '--max_iters=2', '--fsdp=True', processes=2)
     project.run('train.py', *resume, '--max_iters=4')
-    project.run('train.py', *resume, '--max_iters=6', launcher=BOTH)
-    project.run('train.py', *resume, '--max_iters=8', '--fsdp=True', launcher=BOTH)
+    project.run('train.py', *resume, '--max_iters=6', processes=2)
+    project.run('train.py', *resume, '--max_iters=8', '--fsdp=True', processes=2)
     project.run('train.py', *resume)
     a, b = ckpt.load(str(alone)), ckpt.load(str(project.path / 'out-moved'))
-    assert b['iter_num'] == 10 and all(
-        torch.allclose(a['model'][name], b['model'][name], atol=1e-5) for name in a['model']
-    )
+    assert b['iter_num'] == 10
+    assert all(torch.allclose(a['model'][name], b['model'][name], atol=1e-5) for name in a['model'])
 
 
 def test_a_growing_batch_is_the_same_on_any_number_of_processes_and_resumes_exactly(project):
     flags = [*FLAGS, '--batch_size_warmup_iters=6']
     project.run('train.py', *flags, '--out_dir=out-grow')
-    project.run('train.py', *flags, '--out_dir=out-grow2', launcher=BOTH)
+    project.run('train.py', *flags, '--out_dir=out-grow2', processes=2)
     assert_close(project.path / 'out-grow', project.path / 'out-grow2')
-    tokens = [
-        row['tokens'] for row in read_log(project.path / 'out-grow' / 'log.csv') if 'loss' in row
-    ]
+    rows = read_log(project.path / 'out-grow' / 'log.csv')
+    tokens = [row['tokens'] for row in rows if 'loss' in row]
     counts = [b - a for a, b in zip([0, *tokens], tokens)]
     assert counts == [4 * 16 * n for n in (1, 2, 2, 3, 3, 4, 4, 4, 4, 4)]
     project.run('train.py', *flags, '--out_dir=out-grow3', '--max_iters=3')
@@ -151,27 +127,25 @@ def workers(agent):
 
 @pytest.fixture
 def launch(project):
-    """launch(log, *args) starts train.py by torchrun; what still runs at the end of the test is killed."""
+    """launch(log, *args) starts train.py by torchrun, and kills it after the test if necessary."""
     started = []
 
     def start(log, *args, launcher=BOTH):
-        started.append(
-            subprocess.Popen(
-                [*launcher, 'train.py', *args],
-                cwd=project.path,
-                env={**os.environ, 'OMP_NUM_THREADS': '1'},
-                stdout=open(project.path / log, 'w'),
-                stderr=subprocess.STDOUT,
-            )
+        torchrun = subprocess.Popen(
+            [*launcher, 'train.py', *args],
+            cwd=project.path,
+            env={**os.environ, 'OMP_NUM_THREADS': '1'},
+            stdout=open(project.path / log, 'w'),
+            stderr=subprocess.STDOUT,
         )
-        return started[-1]
+        started.append(torchrun)
+        return torchrun
 
     yield start
     for torchrun in started:
-        for pid in (
-            [*workers(torchrun.pid).values(), torchrun.pid] if torchrun.poll() is None else []
-        ):
-            os.kill(pid, signal.SIGKILL)
+        if torchrun.poll() is None:
+            for pid in (*workers(torchrun.pid).values(), torchrun.pid):
+                os.kill(pid, signal.SIGKILL)
 
 
 def until(condition, seconds=90):
@@ -182,9 +156,8 @@ def until(condition, seconds=90):
 
 
 LONGER = [*FLAGS, '--max_iters=300', '--eval_interval=300', '--eval_iters=1', '--save_interval=20']
-linux = pytest.mark.skipif(
-    not os.path.isdir('/proc/self'), reason='finds worker processes in /proc'
-)
+has_proc = os.path.isdir('/proc/self')
+linux = pytest.mark.skipif(not has_proc, reason='finds worker processes in /proc')
 
 
 @linux
@@ -199,37 +172,34 @@ def test_a_killed_worker_ends_all_within_seconds_and_is_named_first(project, lau
     cause = text[text.index('Root Cause') :]
     assert 'rank      : 1' in cause and 'Signal 9' in cause
     assert '[rank 0] error: lost contact with another process' in text
-    tried(
-        'kill -9 of one of two workers',
-        'once',
-        f'torchrun ends after {seconds:.0f} s and names the killed rank; lost: the work since the last save',
-    )
+    result = f'torchrun ends after {seconds:.0f} s and names the killed rank; '
+    result += 'lost: the work since the last save'
+    tried('kill -9 of one of two workers', 'once', result)
 
 
 @linux
+@pytest.mark.slow
 def test_elastic_torchrun_brings_a_job_with_a_killed_worker_back(project, launch, tried):
-    """Without any flag to resume, and each time at the checkpoint it had got to."""
-    project.run('train.py', *LONGER, '--out_dir=out-calm', launcher=BOTH)
-    torchrun = launch(
-        'elastic.txt', *LONGER, '--out_dir=out-elastic', launcher=(*BOTH, '--max_restarts=3')
-    )
-    out = project.path / 'out-elastic'
-    saved = lambda: (
-        ckpt.load(str(out))['iter_num'] if (out / 'ckpt.pt').exists() else 0
-    )  # not by the optimizer's file, which is there a moment before
-    kill = lambda rank: os.kill(workers(torchrun.pid)[rank], signal.SIGKILL)
+    """Without a flag to resume, each time from its last checkpoint."""
+    project.run('train.py', *LONGER, '--out_dir=out-calm', processes=2)
+    elastic, out = (*BOTH, '--max_restarts=3'), project.path / 'out-elastic'
+    torchrun = launch('elastic.txt', *LONGER, '--out_dir=out-elastic', launcher=elastic)
+
+    def saved():  # by ckpt.pt, since the optimizer's file is there a moment earlier
+        return ckpt.load(str(out))['iter_num'] if (out / 'ckpt.pt').exists() else 0
+
+    def restarted():
+        pids = set(workers(torchrun.pid).values())
+        return len(pids) == 2 and not before & pids
+
     until(lambda: saved() >= 100)
     at, before = saved(), set(workers(torchrun.pid).values())
-    kill(0)  # the master in the middle of the run
-    until(
-        lambda: len(workers(torchrun.pid)) == 2 and not before & set(workers(torchrun.pid).values())
-    )
-    kill(1)  # the other while the new ones are still coming up
+    os.kill(workers(torchrun.pid)[0], signal.SIGKILL)  # the master, in the middle of the run
+    until(restarted)
+    os.kill(workers(torchrun.pid)[1], signal.SIGKILL)  # the other, while the new ones start
     assert torchrun.wait(90) == 0
-    resumed = [
-        int(n)
-        for n in re.findall(r'at iteration (\d+)', (project.path / 'elastic.txt').read_text())
-    ]
+    text = (project.path / 'elastic.txt').read_text()
+    resumed = [int(number) for number in re.findall(r'at iteration (\d+)', text)]
     assert resumed and min(resumed) >= at
     assert_close(project.path / 'out-calm', project.path / 'out-elastic')
     tried(
@@ -241,64 +211,41 @@ def test_elastic_torchrun_brings_a_job_with_a_killed_worker_back(project, launch
 
 @posix
 def test_a_signal_to_torchrun_saves_and_ends_all(project, launch, tried):
-    torchrun = launch(
-        'term.txt',
-        *LONGER,
-        '--out_dir=out-term',
-        launcher=(*BOTH, '--signals-to-handle=SIGTERM,SIGINT,SIGUSR1'),
-    )
+    launcher = *BOTH, '--signals-to-handle=SIGTERM,SIGINT,SIGUSR1'
+    torchrun = launch('term.txt', *LONGER, '--out_dir=out-term', launcher=launcher)
     until(lambda: (project.path / 'out-term' / 'ckpt.pt').exists())
     torchrun.send_signal(signal.SIGUSR1)
-    assert torchrun.wait(60) != 0  # so that a job script can tell it from the end of training
+    assert torchrun.wait(60) != 0  # so that a job script knows that training has not ended
     text = (project.path / 'term.txt').read_text()
     stopped = int(re.search(r'stopped: iteration (\d+)', text)[1])
     assert ckpt.load(str(project.path / 'out-term'))['iter_num'] == stopped
-    tried(
-        'SIGUSR1 to torchrun with 2 workers',
-        'once',
-        'all saved at the same iteration, nothing lost',
-    )
+    result = 'all saved at the same iteration, nothing lost'
+    tried('SIGUSR1 to torchrun with 2 workers', 'once', result)
 
 
 def test_a_restart_does_not_take_an_older_run_for_its_own(project, trained):
-    """torchrun tells restarted workers so; a checkpoint of other knobs is not theirs."""
+    """torchrun tells workers that they are restarted; they resume only a run of their settings."""
+
+    def restart(*flags):
+        env = {'TORCHELASTIC_RESTART_COUNT': '1'}
+        return project.run('train.py', *TINY, *flags, env=env).stdout
+
     shutil.copytree(trained[0], project.path / 'out-older')
-    out = project.run(
-        'train.py',
-        *TINY,
-        '--out_dir=out-older',
-        '--seed=9',
-        '--max_iters=1',
-        env={'TORCHELASTIC_RESTART_COUNT': '1'},
-    ).stdout
-    assert 'resuming' not in out
-    out = project.run(
-        'train.py', *TINY, '--out_dir=out-trained', env={'TORCHELASTIC_RESTART_COUNT': '1'}
-    ).stdout
+    assert 'resuming' not in restart('--out_dir=out-older', '--seed=9', '--max_iters=1')
+    out = restart('--out_dir=out-trained')
     assert 'resuming out-trained/ckpt.pt at iteration 10' in out
+    # the batch may differ, since recipes divide it among processes
     project.run('train.py', *TINY, '--out_dir=out-shared')
-    out = project.run(
-        'train.py',
-        *TINY,
-        '--out_dir=out-shared',
-        '--batch_size=2',
-        '--eval_iters=4',
-        env={'TORCHELASTIC_RESTART_COUNT': '1'},
-    ).stdout
-    assert (
-        'resuming out-shared/ckpt.pt at iteration 10' in out
-    )  # of more processes, among which recipes share the batch
+    out = restart('--out_dir=out-shared', '--batch_size=2', '--eval_iters=4')
+    assert 'resuming out-shared/ckpt.pt at iteration 10' in out
 
 
 def test_a_rank_without_torchrun_is_one_line(project):
-    done = project.run(
-        'train.py', *TINY, '--out_dir=out-alone', env={'RANK': '0', 'WORLD_SIZE': '1'}, check=False
-    )
-    assert (
-        done.returncode == 2
-        and done.stderr
-        == '[rank 0] error: the environment has RANK but not MASTER_ADDR, MASTER_PORT; launch with torchrun, or unset RANK\n'
-    )
+    env = {'RANK': '0', 'WORLD_SIZE': '1'}
+    done = project.run('train.py', *TINY, '--out_dir=out-alone', env=env, check=False)
+    missing = 'the environment has RANK but not MASTER_ADDR, MASTER_PORT'
+    assert done.returncode == 2
+    assert done.stderr == f'[rank 0] error: {missing}; launch with torchrun, or unset RANK\n'
 
 
 # -----------------------------------------------------------------------------
@@ -309,27 +256,21 @@ def free_port():
         return s.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_two_nodes_over_loopback_equal_one_process(project, launch, alone):
-    node = lambda rank: (
-        *TORCHRUN,
-        '--nnodes=2',
-        '--nproc_per_node=1',
-        f'--node_rank={rank}',
-        '--master_addr=127.0.0.1',
-        f'--master_port={port}',
-    )
-    port = free_port()
-    nodes = [
-        launch(f'node-{rank}.txt', *FLAGS, '--out_dir=out-nodes', launcher=node(rank))
-        for rank in range(2)
-    ]
-    assert [n.wait(120) for n in nodes] == [0, 0]
+    nodes, port = [], free_port()
+    for rank in range(2):
+        place = f'--node_rank={rank}', '--master_addr=127.0.0.1', f'--master_port={port}'
+        launcher = *TORCHRUN, '--nnodes=2', '--nproc_per_node=1', *place
+        nodes.append(launch(f'node-{rank}.txt', *FLAGS, '--out_dir=out-nodes', launcher=launcher))
+    assert [node.wait(120) for node in nodes] == [0, 0]
     assert_close(alone, project.path / 'out-nodes')
     assert 'step' not in (project.path / 'node-1.txt').read_text()
 
 
-# Two network namespaces, a cable between them, a torchrun in each; the cable is cut after the first
-# checkpoint and plugged in again. Runs inside a namespace of its own, so that it needs no root and leaves nothing.
+# Two network namespaces, a cable between them, a torchrun in each. The cable is cut after the first
+# checkpoint and plugged in again. This runs in a namespace of its own, so it needs no root and
+# leaves nothing.
 TWO_NAMESPACES = r"""
 set -u
 ip link set lo up
@@ -339,10 +280,11 @@ until test "$(readlink /proc/$other/ns/net)" != "$(readlink /proc/$$/ns/net)"; d
 ip link add near type veth peer name far netns $other
 ip addr add 10.77.0.1/24 dev near; ip link set near up
 nsenter -t $other -n sh -c 'ip addr add 10.77.0.2/24 dev far; ip link set far up; ip link set lo up'
-node() { # rank, log, and before the command how to get to that node
+node() { # rank, log, and the command prefix that enters that node
     rank=$1; log=$2; shift 2
-    GLOO_SOCKET_IFNAME=$([ $rank = 0 ] && echo near || echo far) "$@" $PYTHON -m torch.distributed.run --nnodes=2 --nproc_per_node=1 \
-        --node_rank=$rank --master_addr=10.77.0.1 --master_port=29500 train.py $FLAGS > $log 2>&1 &
+    GLOO_SOCKET_IFNAME=$([ $rank = 0 ] && echo near || echo far) \
+        "$@" $PYTHON -m torch.distributed.run --nnodes=2 --nproc_per_node=1 --node_rank=$rank \
+        --master_addr=10.77.0.1 --master_port=29500 train.py $FLAGS > $log 2>&1 &
 }
 node 0 cut-0.txt env; a=$!
 node 1 cut-1.txt nsenter -t $other -n; b=$!
@@ -356,78 +298,42 @@ wait $a; echo "code $?"; wait $b; echo "code $?"
 """
 
 
+def no_namespaces():
+    """Why namespaces cannot be made here, '' if they can."""
+    for tool in ('unshare', 'nsenter', 'ip'):
+        if not shutil.which(tool):
+            return f'needs the command {tool}'
+    test = 'unshare -n true && ip link add v0 type veth peer name v1'
+    probe = subprocess.run(['unshare', '-Urn', 'sh', '-c', test], capture_output=True, text=True)
+    return f'namespaces are not allowed here: {probe.stderr.strip()}' if probe.returncode else ''
+
+
+@pytest.mark.slow
 def test_a_cut_cable_ends_both_nodes_fast_and_the_job_resumes(project, tried):
-    why = next(
-        (
-            f'needs the command {tool}'
-            for tool in ('unshare', 'nsenter', 'ip')
-            if not shutil.which(tool)
-        ),
-        None,
-    )
-    if not why:
-        probe = subprocess.run(
-            [
-                'unshare',
-                '-Urn',
-                'sh',
-                '-c',
-                'unshare -n true && ip link add v0 type veth peer name v1',
-            ],
-            capture_output=True,
-            text=True,
-        )
-        why = probe.returncode and f'namespaces are not allowed here: {probe.stderr.strip()}'
+    why = no_namespaces()
     if why:
         pytest.skip(why)
-    flags = [
-        *LONGER,
-        '--gradient_accumulation_steps=2',
-        '--dist_timeout=8',
-        '--init_from=auto',
-        '--out_dir=out-cut',
-    ]
+    flags = [*LONGER, '--gradient_accumulation_steps=2', '--dist_timeout=8', '--init_from=auto']
+    flags += ['--out_dir=out-cut']
+    env = {'PYTHON': sys.executable, 'FLAGS': ' '.join(flags), 'OUT': 'out-cut'}
+    inside = 'unshare', '-Urn', '--pid', '--fork', '--kill-child', '--mount-proc', 'bash', '-c'
     done = subprocess.run(
-        [
-            'unshare',
-            '-Urn',
-            '--pid',
-            '--fork',
-            '--kill-child',
-            '--mount-proc',
-            'bash',
-            '-c',
-            TWO_NAMESPACES,
-        ],
+        [*inside, TWO_NAMESPACES],
         cwd=project.path,
         text=True,
         capture_output=True,
         timeout=150,
-        env={
-            **os.environ,
-            'OMP_NUM_THREADS': '1',
-            'PYTHON': sys.executable,
-            'FLAGS': ' '.join(flags),
-            'OUT': 'out-cut',
-        },
+        env={**os.environ, 'OMP_NUM_THREADS': '1', **env},
     )
-    codes, seconds = (
-        re.findall(r'code (\d+)', done.stdout),
-        int(re.search(r'seconds (\d+)', done.stdout)[1]),
-    )
-    assert codes == ['1', '1', '0', '0'] and seconds <= 30, ''.join(
-        [
-            done.stdout,
-            done.stderr,
-            *((project.path / f'again-{rank}.txt').read_text() for rank in (0, 1)),
-        ]
-    )
+    read = lambda name: (project.path / name).read_text()
+    seconds = int(re.search(r'seconds (\d+)', done.stdout)[1])
+    everything = done.stdout + done.stderr + read('again-0.txt') + read('again-1.txt')
+    assert re.findall(r'code (\d+)', done.stdout) == ['1', '1', '0', '0'], everything
+    assert seconds <= 30, everything
     for rank in (0, 1):
-        assert (
-            f'[rank {rank}] error: lost contact with another process (timed out)'
-            in (project.path / f'cut-{rank}.txt').read_text()
-        )
-    assert 'resuming out-cut/ckpt.pt at iteration' in (project.path / 'again-0.txt').read_text()
+        line = f'[rank {rank}] error: lost contact with another process (timed out)'
+        assert line in read(f'cut-{rank}.txt')
+    assert 'resuming out-cut/ckpt.pt at iteration' in read('again-0.txt')
     project.run('train.py', *flags, '--out_dir=out-uncut')
     assert_close(project.path / 'out-uncut', project.path / 'out-cut')
     tried(
@@ -439,9 +345,6 @@ def test_a_cut_cable_ends_both_nodes_fast_and_the_job_resumes(project, tried):
 
 def test_a_mistake_is_one_line_and_torchrun_repeats_it(project):
     done = project.run('train.py', *FLAGS, '--dataset=poems', launcher=BOTH, check=False)
-    assert re.search(
-        r'\[rank \d\] error: data/poems/train.bin not found; prepare the dataset first', done.stderr
-    )
-    assert (
-        'traceback : data/poems/train.bin not found' in done.stderr
-    )  # torchrun's summary repeats it as the root cause
+    line = 'data/poems/train.bin not found; prepare the dataset first'
+    assert re.search(rf'\[rank \d\] error: {line}', done.stderr)
+    assert 'traceback : data/poems/train.bin not found' in done.stderr  # torchrun's summary

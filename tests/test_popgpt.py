@@ -129,15 +129,15 @@ def test_weights_without_a_tokenizer_are_refused_if_the_dataset_does_not_fit(pro
     ],
 )
 def test_a_word_of_popgpt_leads_to_the_knob(project, flag, knob):
-    error = f'error: unknown flag {flag.partition("=")[0]}, did you mean --{knob}?; --help lists all'
+    name = flag.partition('=')[0]
+    error = f'error: unknown flag {name}, did you mean --{knob}?; --help lists all'
     assert project.error('train.py', flag) == error
 
 
 def test_other_words_of_popgpt_get_no_wrong_hint(project):
     assert 'did you mean --dataset' not in project.error('sample.py', '--data_dir=x')
-    error = project.error('train.py', '--config', 'config/cpu.py')
-    assert 'config/NAME.py --NAME=VALUE' in error
-    assert 'config/NAME.py --NAME=VALUE' in project.error('train.py', '--override', 'model.n_layer=6')
+    for flags in (['--config', 'config/cpu.py'], ['--override', 'model.n_layer=6']):
+        assert 'config/NAME.py --NAME=VALUE' in project.error('train.py', *flags)
 
 
 def test_no_stop_token_may_be_written_none(project, trained):

@@ -1,4 +1,4 @@
-"""A run that hangs, in Python or in C, can be ended and looked into."""
+"""A run that hangs, in Python or in C, can be ended and inspected."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ def hang(how):
     if how == 'python':
         time.sleep(60)
     mutex, libc = ctypes.create_string_buffer(64), ctypes.CDLL(None)
-    while True: # the second time it waits for itself, and no signal wakes it
+    while True: # the second call waits for ever, and no signal wakes it
         libc.pthread_mutex_lock(mutex)
 
 forward, calls = model.GPT.forward, 0
@@ -43,7 +43,7 @@ runpy.run_path('train.py', run_name='__main__')
 
 
 class Run:
-    """A run of train.py under way."""
+    """A running train.py."""
 
     def __init__(self, project, out, *flags, **env):
         self.project, self.folder = project, project.path / out
@@ -64,7 +64,7 @@ class Run:
             time.sleep(0.02)
 
     def ends(self, name):
-        """Send this signal: (exit code, seconds until it was there)."""
+        """Send this signal: (exit code, seconds until the run ended)."""
         start = time.time()
         os.kill(self.pid, getattr(signal, name))
         return self.project.spawner.wait(self.pid), time.time() - start
@@ -73,6 +73,11 @@ class Run:
         time.sleep(seconds)
         os.kill(self.pid, 0)  # raises if it is gone
         return self.pid in self.project.spawner.running
+
+
+def val_losses(folder):
+    rows = read_log(folder / 'log.csv')
+    return {row['iter']: row['val_loss'] for row in rows if 'val_loss' in row}
 
 
 @pytest.mark.parametrize('how', ['python', 'c'])
@@ -90,15 +95,14 @@ def test_a_later_step_that_hangs_is_ended_by_the_second_signal_of_any_kind(proje
     run = Run(project, f'out-later-{how}', AT='8', HOW=how)
     run.until('stuck')
     os.kill(run.pid, signal.SIGTERM)
-    time.sleep(0.3)  # else the system makes one of two
+    time.sleep(0.3)  # otherwise the system merges the two
     os.kill(run.pid, signal.SIGTERM)  # timeout(1) sends two, and a closed terminal another
     os.kill(run.pid, signal.SIGHUP)
     assert run.runs(1.2)
     got, seconds = run.ends('SIGINT')
     assert got == 130 and seconds < 3
-    assert ckpt.load(str(run.folder / 'ckpt.pt'))['iter_num'] == 5 and not list(
-        run.folder.glob('*.partial')
-    )
+    assert ckpt.load(str(run.folder / 'ckpt.pt'))['iter_num'] == 5
+    assert not list(run.folder.glob('*.partial'))
 
 
 def test_a_stop_during_an_evaluation_takes_a_few_batches(project):
@@ -109,24 +113,16 @@ def test_a_stop_during_an_evaluation_takes_a_few_batches(project):
     run.until('iter 9:')
     time.sleep(0.3)  # it evaluates now, which takes 8 seconds
     got, seconds = run.ends('SIGTERM')
-    assert (
-        got == 0
-        and seconds < 3
-        and 'stopped: iteration 10,' in run.text()
-        and 'step 10' not in run.text()
-    )
+    assert got == 0 and seconds < 3
+    assert 'stopped: iteration 10,' in run.text() and 'step 10' not in run.text()
     again = Run(project, 'out-eval-stopped', *flags, '--init_from=resume')
     assert project.spawner.wait(again.pid) == 0
     a, b = (ckpt.load(str(folder / 'ckpt.pt'))['model'] for folder in (straight.folder, run.folder))
     assert all(a[name].equal(b[name]) for name in a)
-    losses = [
-        {row['iter']: row['val_loss'] for row in read_log(folder / 'log.csv') if 'val_loss' in row}
-        for folder in (straight.folder, run.folder)
-    ]
-    assert losses[0] == losses[1]
+    assert val_losses(straight.folder) == val_losses(run.folder)
 
 
-def test_stacks_are_printed_on_request_and_the_run_goes_on(project):
+def test_stacks_are_printed_on_request_and_the_run_continues(project):
     run = Run(project, 'out-stacks', AT='4', HOW='c')
     run.until('stuck')
     os.kill(run.pid, signal.SIGUSR2)
@@ -143,8 +139,8 @@ def test_stacks_are_printed_on_request_and_the_run_goes_on(project):
     assert project.spawner.wait(run.pid) == 0 and 'train.py' in run.text(1)
 
 
-def test_the_time_goes_on_while_the_first_step_is_compiled(project):
-    """On a terminal the bar is drawn each second, whatever the main thread waits for."""
+def test_the_progress_bar_is_redrawn_while_the_first_step_is_compiled(project):
+    """Every second on a terminal, whatever the main thread waits for."""
     import fcntl
     import pty
     import struct
@@ -154,9 +150,8 @@ def test_the_time_goes_on_while_the_first_step_is_compiled(project):
     command = [sys.executable, 'stuck.py', 'train.py', *TINY, '--out_dir=out-terminal']
     pid, terminal = pty.fork()
     if pid == 0:
-        signal.signal(
-            signal.SIGINT, signal.SIG_DFL
-        )  # ignored where the tests run in the background
+        # SIGINT is ignored if the tests run in the background
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.chdir(project.path)
         os.environ.update(AT='1', HOW='c', OMP_NUM_THREADS='1', TERM='dumb')
         os.execv(sys.executable, command)

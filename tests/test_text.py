@@ -186,7 +186,7 @@ def csv_of(delimiter):
         ('a.csv', csv_of(';')),
         ('a.csv', csv_of('\t')),
         ('a.tsv', csv_of('\t')),
-        ('a.csv.gz', gzip.compress(csv_of(','))),
+        ('a.csv.gz', gzip.compress(csv_of(','), mtime=0)),
         ('a.json', json.dumps(TABLE, indent=1).encode()),
         ('a.json', '\n'.join(map(json.dumps, TABLE)).encode()),
         ('a.ndjson', '\n'.join(map(json.dumps, TABLE)).encode()),
