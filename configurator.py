@@ -88,13 +88,11 @@ def configure(ns, model=None, recipes_of=(), ignore_from_recipes=(), from_files=
             others = {name: scope.get(name) for name in others}
         for name, (value, place) in new.items():
             value = fit(settings[name], value, place)
-            if name in paths and value:
-                value = os.path.expanduser(value)
-            ns[name] = value
+            ns[name] = os.path.expanduser(value) if name in paths and value else value
             given.pop(name, None)  # the one set last comes last
             given[name] = place
             if from_files is not None and not arg.startswith('-'):
-                from_files[name] = value
+                from_files[name] = ns[name]
     return {name: ns[name] for name in settings}, given
 
 

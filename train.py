@@ -308,7 +308,7 @@ while True:
     # all ranks: save before the step, since these weights have just given a finite loss
     stopping = distributed.any_rank(stop)
     save_due = save_due or (iter_num % save_interval == 0 and iter_num > start_iter)
-    if (save_due or stopping and iter_num > start_iter) and not guard.bad:
+    if (save_due or stopping) and iter_num > start_iter and not guard.bad:
         save()
         save_due = False
     if stopping and (not guard.bad or not max_bad_steps):

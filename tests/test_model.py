@@ -41,8 +41,8 @@ def count_parameters(model):
     return sum(p.numel() for p in model.parameters())
 
 
-def loss_and_saved_sizes(model, idx, targets):
-    """The loss, and the sizes of the tensors that are kept for backward."""
+def backward(model, idx, targets):
+    """([loss, gradients ...], sizes of the tensors that were kept for backward)"""
     sizes = []
 
     def keep(x):
@@ -51,7 +51,8 @@ def loss_and_saved_sizes(model, idx, targets):
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         loss = model(idx, targets)[1]
-    return loss, sizes
+    loss.backward()
+    return [loss, *(p.grad for p in model.parameters())], sizes
 
 
 # -----------------------------------------------------------------------------
@@ -109,23 +110,13 @@ def test_weights_that_cannot_be_loaded_are_a_one_line_error(name, message, monke
 
 
 def test_parameter_names_shapes_and_their_order_are_nanogpts():
-    block = {
-        'ln_1.weight': (16,),
-        'ln_1.bias': (16,),
-        'attn.c_attn.weight': (48, 16),
-        'attn.c_attn.bias': (48,),
-        'attn.c_proj.weight': (16, 16),
-        'attn.c_proj.bias': (16,),
-        'ln_2.weight': (16,),
-        'ln_2.bias': (16,),
-        'mlp.c_fc.weight': (64, 16),
-        'mlp.c_fc.bias': (64,),
-        'mlp.c_proj.weight': (16, 64),
-        'mlp.c_proj.bias': (16,),
-    }
+    layers = {'ln_1': (16,), 'attn.c_attn': (48, 16), 'attn.c_proj': (16, 16)}
+    layers |= {'ln_2': (16,), 'mlp.c_fc': (64, 16), 'mlp.c_proj': (16, 64)}
     want = {'transformer.wte.weight': (64, 16), 'transformer.wpe.weight': (16, 16)}
     for i in range(2):
-        want |= {f'transformer.h.{i}.{name}': shape for name, shape in block.items()}
+        for name, shape in layers.items():
+            want[f'transformer.h.{i}.{name}.weight'] = shape
+            want[f'transformer.h.{i}.{name}.bias'] = shape[:1]
     want |= {'transformer.ln_f.weight': (16,), 'transformer.ln_f.bias': (16,)}
     model = tiny()
     assert [(name, p.shape) for name, p in model.named_parameters()] == [*want.items()]
@@ -316,35 +307,30 @@ def test_the_network_imports_no_files_devices_or_hubs(module, needs):
 @pytest.mark.parametrize('dropout', [0.0, 0.2])
 def test_gradient_checkpointing_changes_no_gradient_and_keeps_less(dropout):
     idx = torch.randint(11, (4, 32))
-    kept, gradients = [], []
+    runs = []
     for on in (False, True):
         model = tiny(block_size=32, vocab_size=11, n_layer=4, n_embd=32, dropout=dropout)
         model.gradient_checkpointing = on
         torch.manual_seed(2)
-        loss, sizes = loss_and_saved_sizes(model, idx, idx)
-        loss.backward()
-        kept.append(sum(sizes))
-        gradients.append([p.grad for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients))
-    assert kept[1] < kept[0] / 2
+        runs.append(backward(model, idx, idx))
+    (want, all_kept), (got, kept) = runs
+    assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+    assert sum(kept) < sum(all_kept) / 2
 
 
 @pytest.mark.parametrize('cap', [0.0, 15.0])
 def test_the_loss_in_chunks_is_the_same_and_never_holds_all_logits(cap):
     idx = torch.randint(500, (4, 32))
     targets = torch.where(torch.rand(4, 32) < 0.3, -1, idx)
-    results, largest = [], []
+    runs = []
     for chunk in (0, 10):
         model = tiny(block_size=32, vocab_size=500, n_layer=1, logit_cap=cap)
         model.loss_chunk = chunk
-        loss, sizes = loss_and_saved_sizes(model, idx, targets)
-        loss.backward()
-        results.append([loss, *(p.grad for p in model.parameters())])
-        largest.append(max(sizes))
-    for a, b in zip(*results):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
-    assert largest[0] >= 4 * 32 * 500
-    assert largest[1] <= 4 * 32 * 64  # the widest activation
+        runs.append(backward(model, idx, targets))
+    (want, all_kept), (got, kept) = runs
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+    assert max(all_kept) >= 4 * 32 * 500
+    assert max(kept) <= 4 * 32 * 64  # the widest activation
 
 
 # -----------------------------------------------------------------------------
@@ -354,16 +340,10 @@ def test_the_modern_network_is_nanochats(n_kv_head):
     from transformers import NanoChatConfig, NanoChatForCausalLM
 
     ours, idx = scrambled(**MODERN, n_kv_head=n_kv_head)
-    config = NanoChatConfig(
-        vocab_size=13,
-        hidden_size=32,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=n_kv_head,
-        max_position_embeddings=16,
-        final_logit_softcapping=15.0,
-    )
+    sizes = dict(vocab_size=13, hidden_size=32, intermediate_size=128, num_hidden_layers=2)
+    heads = dict(num_attention_heads=4, num_key_value_heads=n_kv_head)
+    more = dict(max_position_embeddings=16, final_logit_softcapping=15.0)
+    config = NanoChatConfig(**sizes, **heads, **more)
     theirs = NanoChatForCausalLM(config).eval()
     weights = ours.state_dict()
     mapped = {'model.embed_tokens.weight': weights['transformer.wte.weight']}

@@ -7,7 +7,6 @@ import muon
 from model import GPT, GPTConfig
 from support import checkpoint as ckpt
 
-RATES = dict(matrix_lr=None, embed_lr=None, head_lr=None)
 MUON = ['--optimizer=muon', '--pos=rotary', '--tie_embeddings=False', '--lr_schedule=trapezoid']
 
 
@@ -18,8 +17,8 @@ def tiny(**changes):
 
 
 def configure(model, weight_decay=0.1, learning_rate=1e-3, **rates):
-    rates, betas = {**RATES, **rates}, (0.9, 0.95)
-    return muon.configure(model, rates, weight_decay, learning_rate, betas, 'cpu')
+    rates = dict(matrix_lr=None, embed_lr=None, head_lr=None) | rates
+    return muon.configure(model, rates, weight_decay, learning_rate, (0.9, 0.95), 'cpu')
 
 
 @pytest.mark.parametrize('steps, least, most', [(4, 0.4, 1.6), (5, 0.5, 1.3)])
