@@ -175,11 +175,14 @@ def configure(model, rates, weight_decay, learning_rate, betas, device_type, giv
 
     rates: {'matrix_lr', 'embed_lr', 'head_lr'}, None for the default. Muon's is the same for all
     sizes, because its steps have the same norm for any gradient. AdamW's fall with the root of the
-    width (nanochat). All follow the schedule of learning_rate, which is itself the rate of the
+    width (nanochat). Runs of less than 600 iterations (rates['lr_decay_iters']) need higher rates
+    (docs/figures.md, E). All follow the schedule of learning_rate, which is itself the rate of the
     vectors. Raises ValueError for a flag --learning_rate (in `given`) if there are no vectors.
     """
     width = (model.config.n_embd / 768) ** -0.5
+    short = (600 / max(100, rates.get('lr_decay_iters', 600))) ** 0.6
     defaults = {'matrix_lr': 0.02, 'embed_lr': 0.2 * width, 'head_lr': 0.004 * width}
+    defaults = {name: rate * max(1.0, short) for name, rate in defaults.items()}
     lr = {name: defaults[name] if rates[name] is None else rates[name] for name in defaults}
     tied = model.config.tie_embeddings
     # positions learn at the rate of the embeddings that they are added to

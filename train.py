@@ -337,6 +337,6 @@ summary = f'{log.seconds():.1f} s of training, best val loss {best.loss:.4f}'
 print0(f'{ended}iteration {iter_num}, {summary}')
 if os.path.exists(ckpt_path):
     print0(f'next: {next_command}')
-problem = problem or checkpoint.not_saved(saved, out_dir)
+problem = checkpoint.not_saved(saved, out_dir) or problem
 if problem and master_process:
     fail(problem, 1)

@@ -87,8 +87,8 @@ class Spawner:
         for pid in self.running:  # of tests that failed
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        self.process.stdin.close()
-        self.process.wait(10)
+        self.process.kill()
+        self.process.wait()
 
 
 class Project:

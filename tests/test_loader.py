@@ -83,7 +83,7 @@ def test_batches_drawn_many_at_a_time_are_those_drawn_one_by_one(tmp_path):
 
 
 def rows_of(batches):
-    """The input windows of some batches, in any order."""
+    """The input windows of some batches, a set."""
     return {tuple(row) for X, _ in batches for row in X.tolist()}
 
 
