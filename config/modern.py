@@ -2,8 +2,7 @@
 # It comes after the recipe and its size.
 #   launch     python train.py config/train_shakespeare_char.py config/modern.py
 #   network    the one of transformers' NanoChatForCausalLM
-#   rates      the defaults of muon.py; runs of a few hundred iterations do better
-#              with twice these rates (docs/figures.md, E)
+#   rates      the defaults of muon.py
 
 pos = 'rotary'
 norm = 'rmsnorm'

@@ -55,10 +55,10 @@ class Spawner:
             env={**os.environ, 'OMP_NUM_THREADS': '1'},
         )
 
-    def start(self, argv, cwd, stdout, stderr, env=None):
+    def start(self, argv, cwd, stdout, stderr, env=None, stdin=os.devnull):
         """Start a script and return its pid. What it prints is appended to two files."""
         order = dict(argv=list(map(str, argv)), cwd=str(cwd), env=env or {})
-        order |= dict(stdout=str(stdout), stderr=str(stderr))
+        order |= dict(stdin=str(stdin), stdout=str(stdout), stderr=str(stderr))
         print(json.dumps(order), file=self.process.stdin, flush=True)
         pid = self.read('started')
         self.running.add(pid)
@@ -105,41 +105,50 @@ class Project:
             shutil.copy(source, target)
         write_dataset(path / 'data' / 'tiny')
 
-    def run(self, *args, env=None, cwd=None, launcher=None, processes=1, check=True):
+    def run(self, *args, launcher=None, check=True, **settings):
         """
         Run a script and return the finished process, with stdout and stderr as text.
 
         launcher: the command that starts it, such as torchrun
-        processes: number of processes that share the run, as torchrun would start them
         check: the exit code must be 0
+        settings: more variables `env`, the folder `cwd`, standard `input`, and the number of
+            `processes` that share the run, as torchrun would start them
         """
-        args, cwd = list(map(str, args)), cwd or self.path
-        if processes > 1 and not self.spawner:
-            launcher = [*TORCHRUN, f'--nproc_per_node={processes}']
-        if launcher or not self.spawner:
-            done = subprocess.run(
-                [*(launcher or [sys.executable]), *args],
-                cwd=cwd,
-                text=True,
-                capture_output=True,
-                timeout=120,
-                env={**os.environ, 'OMP_NUM_THREADS': '1', **(env or {})},
-            )
+        args = list(map(str, args))
+        if self.spawner and not launcher:
+            done = self.fork(args, **settings)
         else:
-            done = self.spawn(args, env or {}, cwd, processes)
+            done = self.start(args, launcher, **settings)
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done
 
-    def spawn(self, args, env, cwd, processes):
+    def start(self, args, launcher, env=None, cwd=None, input='', processes=1):
+        if processes > 1:
+            launcher = [*TORCHRUN, f'--nproc_per_node={processes}']
+        return subprocess.run(
+            [*(launcher or [sys.executable]), *args],
+            cwd=cwd or self.path,
+            input=input,
+            text=True,
+            capture_output=True,
+            timeout=120,
+            env={**os.environ, 'OMP_NUM_THREADS': '1', **(env or {})},
+        )
+
+    def fork(self, args, env=None, cwd=None, input='', processes=1):
         self.count += 1
-        files = [self.path / f'run-{self.count}.{name}' for name in ('out', 'err')]
+        stdin, *output = (self.path / f'run-{self.count}.{name}' for name in ('in', 'out', 'err'))
+        stdin.write_text(input, encoding='utf-8')
         store, ranks = None, [{}]
         if processes > 1:
             store, ranks = torchrun_environment(processes)
-        pids = [self.spawner.start(args, cwd, *files, {**env, **rank}) for rank in ranks]
+        pids = []
+        for rank in ranks:
+            order = args, cwd or self.path, *output, {**(env or {}), **rank}, stdin
+            pids.append(self.spawner.start(*order))
         codes = [self.spawner.wait(pid) for pid in pids]
-        texts = [path.read_text(encoding='utf-8') for path in files]
         del store  # it must outlive the processes
+        texts = [path.read_text(encoding='utf-8') for path in output]
         return subprocess.CompletedProcess(args, max(codes, key=abs), *texts)
 
     def error(self, *args, **kwargs):

@@ -1,8 +1,8 @@
 """
 Starts short runs of scripts without the seconds that importing torch takes: a process that has
-imported it forks a child for each line of JSON on its standard input, {"argv", "cwd", "stdout",
-"stderr", "env"}. It prints the child's pid, and later its exit code. The child runs the script as
-python would, in a process of its own that can be killed.
+imported it forks a child for each line of JSON on its standard input, {"argv", "cwd", "env",
+"stdin", "stdout", "stderr"}. It prints the child's pid, and later its exit code. The child runs
+the script as python would, in a process of its own that can be killed.
 """
 
 import json
@@ -22,7 +22,8 @@ def child(order):
     # the tests may run in the background, or under nohup, which ignore these
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(os.open(order['stdin'], os.O_RDONLY), 0)
+    sys.stdin = open(0, encoding='utf-8')  # without what the parent has read ahead
     for handle, name in ((1, 'stdout'), (2, 'stderr')):
         os.dup2(os.open(order[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND), handle)
     os.chdir(order['cwd'])

@@ -3,7 +3,6 @@ Stand-ins for other machines: Apple's GPU, old GPUs in float16, Windows, a netwo
 but a package index.
 """
 
-import glob
 import importlib.metadata
 import io
 import os
@@ -67,59 +66,33 @@ runpy.run_path(sys.argv[0], run_name='__main__')
 
 def test_a_run_on_mps_skips_a_bad_step_and_tells_its_memory(project):
     (project.path / 'mps.py').write_text(RUN.format(MPS))
-    project.run(
-        'mps.py',
-        'train.py',
-        *TINY,
-        '--out_dir=out-mps',
-        '--eval_interval=20',
-        launcher=[sys.executable],
-    )
+    command = ['mps.py', 'train.py', *TINY]
+    project.run(*command, '--out_dir=out-mps', '--eval_interval=20')
     rows = read_log(project.path / 'out-mps' / 'log.csv')
-    assert [row['iter'] for row in rows if row.get('bad_steps')] == [3] and rows[-1][
-        'val_loss'
-    ] < rows[0]['val_loss']
-    assert all(
-        row['memory_gb'] == pytest.approx(1.07, abs=0.01) for row in rows if 'memory_gb' in row
-    )
-    assert 'gradient_checkpointing with dropout is not supported on MPS' in project.error(
-        'mps.py',
-        'train.py',
-        *TINY,
-        '--gradient_checkpointing=True',
-        '--dropout=0.1',
-        launcher=[sys.executable],
-    )
+    assert [row['iter'] for row in rows if row.get('bad_steps')] == [3]
+    assert rows[-1]['val_loss'] < rows[0]['val_loss']
+    memory = [row['memory_gb'] for row in rows if 'memory_gb' in row]
+    assert memory == pytest.approx([1.07] * len(memory), abs=0.01)
+    refused = project.error(*command, '--gradient_checkpointing=True', '--dropout=0.1')
+    assert 'gradient_checkpointing with dropout is not supported on MPS' in refused
 
 
 @pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
 def test_a_run_in_float16_skips_steps_until_the_scale_fits_and_resumes_it(project, optimizer):
     (project.path / 'float16.py').write_text(RUN.format(FLOAT16))
-    run = lambda *flags: project.run(
-        'float16.py',
-        'train.py',
-        *TINY,
-        f'--out_dir=out-f16-{optimizer}',
-        f'--optimizer={optimizer}',
-        '--eval_interval=25',
-        '--max_bad_steps=40',
-        *flags,
-        launcher=[sys.executable],
-    )
-    run('--max_iters=50')
     folder = project.path / f'out-f16-{optimizer}'
+    command = ['float16.py', 'train.py', *TINY, f'--out_dir={folder.name}']
+    command += [f'--optimizer={optimizer}', '--eval_interval=25', '--max_bad_steps=40']
+    project.run(*command, '--max_iters=50')
     rows = read_log(folder / 'log.csv')
     skipped = sum(row.get('bad_steps', 0) for row in rows)
-    scale = read(glob.glob(str(folder / 'optimizer-50*.pt'))[0])['scaler']['scale']
-    assert (
-        0 < skipped < 40
-        and rows[-1]['val_loss'] < rows[0]['val_loss']
-        and scale == 2.0 ** (40 - skipped)
-    )
-    run('--init_from=resume', '--max_iters=52')
-    assert (
-        read(glob.glob(str(folder / 'optimizer-52*.pt'))[0])['scaler']['scale'] == scale
-    )  # not 2 ** 40 again
+    (saved,) = folder.glob('optimizer-50*.pt')
+    scale = read(str(saved))['scaler']['scale']
+    assert 0 < skipped < 40 and scale == 2.0 ** (40 - skipped)
+    assert rows[-1]['val_loss'] < rows[0]['val_loss']
+    project.run(*command, '--init_from=resume', '--max_iters=52')
+    (saved,) = folder.glob('optimizer-52*.pt')
+    assert read(str(saved))['scaler']['scale'] == scale  # not 2 ** 40 again
 
 
 def test_windows_lacks_two_signals_and_a_module(monkeypatch):

@@ -1,6 +1,5 @@
 import json
 import shutil
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -85,13 +84,8 @@ def test_bad_input_is_one_line(project, trained, flags, message):
 def test_a_prompt_may_come_from_standard_input_and_lines_of_a_file_go_to_jsonl(
     project, trained, tmp_path
 ):
-    done = subprocess.run(
-        [sys.executable, 'sample.py', *FLAGS, f'--out_dir={trained[0]}', '--start=-'],
-        cwd=project.path,
-        input='to be',
-        text=True,
-        capture_output=True,
-    )
+    sample = ['sample.py', *FLAGS, f'--out_dir={trained[0]}']
+    done = project.run(*sample, '--start=-', input='to be')
     assert done.stdout.startswith('to be') and 'tokens/s' in done.stderr
     (tmp_path / 'prompts.txt').write_text('to be\nor not\nthat\n')
     flags = [
@@ -142,22 +136,10 @@ def test_a_chat_goes_on_from_what_was_said(project, flags):
     positions see the second half of it.
     """
     project.run('train.py', *TINY, *flags, '--max_iters=2', '--out_dir=out-chat')
-    done = subprocess.run(
-        [
-            sys.executable,
-            'sample.py',
-            '--device=cpu',
-            '--out_dir=out-chat',
-            '--interactive=True',
-            '--max_new_tokens=3',
-            '--temperature=0',
-        ],
-        cwd=project.path,
-        input='to be\nor?!\nor\n\nthat is the question\n',
-        text=True,
-        capture_output=True,
-    )
-    assert done.returncode == 0 and not done.stderr, done.stderr
+    chat = ['--out_dir=out-chat', '--interactive=True', '--max_new_tokens=3', '--temperature=0']
+    said = 'to be\nor?!\nor\n\nthat is the question\n'
+    done = project.run('sample.py', '--device=cpu', *chat, input=said)
+    assert not done.stderr, done.stderr
     replies = done.stdout.split('> ')[1:]
     assert len(replies) == 6 and "lacks '!'" in replies[1]  # which was not said
     model, loaded = weights.open_model(str(project.path / 'out-chat' / 'ckpt.pt'))
