@@ -167,6 +167,7 @@ def test_what_could_not_be_recorded_is_not_timed(project):
     assert 'Muon, CUDA graph' not in taped(project, '--mode=optimizer', more=fails)[1]
 
 
+@pytest.mark.slow
 def test_text_is_timed_by_graph_and_without(project):
     sizes = *TEXT, '--new_tokens=8'
     out, told = taped(project, *sizes)
