@@ -62,6 +62,7 @@ def test_a_missing_dataset_is_one_line(project):
 TEXT = ('--mode=generate', '--prompt_tokens=4', '--vocab_size=100')
 
 
+@pytest.mark.slow
 def test_generation_is_timed_beside_its_ceiling_and_transformers(project):
     flags = *SMALL, *TEXT, '--new_tokens=3', '--compare=transformers'
     out = project.run('bench.py', *flags, '--bias=True').stdout
@@ -73,6 +74,7 @@ def test_generation_is_timed_beside_its_ceiling_and_transformers(project):
     assert 'do not fit block_size=16' in project.error('bench.py', *SMALL, '--mode=generate')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('rival', ['transformers', 'old_model.py'])
 def test_a_step_is_interleaved_with_that_of_another(project, rival):
     (project.path / 'old_model.py').write_text((project.path / 'model.py').read_text())

@@ -63,7 +63,9 @@ def test_exact_match_is_that_of_greedy_generation(swapped):
 def test_the_same_numbers_every_time_and_on_several_processes(swapped):
     first = swapped.run('eval.py', '--out_dir=out-swaps').stdout
     assert swapped.run('eval.py', '--out_dir=out-swaps').stdout == first
-    assert swapped.run('eval.py', '--out_dir=out-swaps', processes=2).stdout == first
+    several = swapped.run('eval.py', '--out_dir=out-swaps', processes=2).stdout
+    lines = [line for line in several.splitlines() if not line.startswith('[Gloo]')]  # torch 2.10
+    assert lines == first.splitlines()
 
 
 def test_the_loss_is_that_of_training_and_bits_count_bytes(project, trained):

@@ -257,7 +257,6 @@ def free_port():
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_two_nodes_over_loopback_equal_one_process(project, launch, alone):
     nodes, port = [], free_port()
     for rank in range(2):
