@@ -122,7 +122,7 @@ def try_save(path, checkpoint, *args):
         return True
     except OSError as e:
         iter_num = checkpoint['iter_num']
-        print0(f'iteration {iter_num}: {e}; training goes on, the next save tries again')
+        print0(f'iteration {iter_num}: {e}; training continues, the next save tries again')
         return False
 
 

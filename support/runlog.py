@@ -227,7 +227,7 @@ class RunLog:
             if where not in self.broken:
                 reason = getattr(e, 'strerror', None) or e
                 where_to = where or f'into {self.out_dir}'
-                print0(f'cannot write the log {where_to}: {reason}; training goes on')
+                print0(f'cannot write the log {where_to}: {reason}; training continues')
             self.broken.add(where)
 
 

@@ -223,7 +223,7 @@ def test_a_full_disk_costs_no_more_than_that_save(runs, straight, tried):
     code, text = runs.run('full', *LONG, script=LINKED)
     lines = [line for line in text.splitlines() if 'No space left on device' in line]
     assert [line.split(':')[0] for line in lines] == ['iteration 20', 'iteration 40']
-    assert 'training goes on' in lines[0]
+    assert 'training continues' in lines[0]
     assert code == 0 and equal(outcome(folder), outcome(straight))
     result = 'one line each; the previous pair stays, the next save is complete; exit code 0'
     tried('disk full at a save', '2 saves', result)
@@ -244,7 +244,7 @@ def test_a_disk_that_stays_full_leaves_the_last_good_pair_and_an_exit_code(runs,
 def assert_explained(text, causes):
     """Every line about a failed write names one of the causes."""
     for line in text.splitlines():
-        assert 'goes on' not in line or any(cause in line for cause in causes), line
+        assert 'training continues' not in line or any(cause in line for cause in causes), line
 
 
 def test_a_folder_that_goes_away_and_comes_back(runs, straight, tried):
@@ -255,7 +255,7 @@ def test_a_folder_that_goes_away_and_comes_back(runs, straight, tried):
     folder.rename(away)
     folder.write_text('a file where the folder was')
     os.kill(pid, signal.SIGCONT)
-    until(lambda: 'training goes on, the next save' in runs.text('gone'))
+    until(lambda: 'training continues, the next save' in runs.text('gone'))
     first = runs.text('gone')
     folder.unlink()
     assert runs.wait(pid) == 0

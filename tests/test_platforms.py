@@ -149,7 +149,7 @@ def test_a_log_that_wandb_does_not_take_ends_no_run(tmp_path, monkeypatch, capsy
     run.close()
     assert (
         capsys.readouterr().out.splitlines()
-        == ['cannot write the log to wandb: the wire is cut; training goes on']
+        == ['cannot write the log to wandb: the wire is cut; training continues']
         and len(read_log(run.path)) == 3
     )
 
@@ -162,7 +162,7 @@ def test_without_matplotlib_there_is_no_picture_and_one_line(tmp_path, monkeypat
     run.close()
     assert capsys.readouterr().out.splitlines() == [
         'cannot write the log as a picture: it needs matplotlib: pip install matplotlib; '
-        'training goes on'
+        'training continues'
     ]
 
 
