@@ -198,6 +198,23 @@ def trained(project):
 
 
 @pytest.fixture
+def fake_bpe(monkeypatch):
+    """One token a byte, in place of GPT-2's BPE, which would be downloaded."""
+    import tiktoken
+
+    from data import tokenizer
+
+    bpe = tiktoken.Encoding(
+        'bytes',
+        pat_str='[\\s\\S]',
+        mergeable_ranks={bytes([i]): i for i in range(256)},
+        special_tokens={'<|endoftext|>': 256},
+    )
+    monkeypatch.setattr(tokenizer, 'gpt2_encoding', lambda: bpe)
+    return bpe
+
+
+@pytest.fixture
 def tried(record_property):
     """tried(fault, times, outcome) adds a row to the table at the end of the test report."""
     return lambda *row: record_property('fault', row)

@@ -13,6 +13,8 @@ import sys
 import pytest
 import torch
 from conftest import TINY
+from test_generate import OPTIONS
+from test_model import MODERN
 
 from generate import new_cache, stream
 from model import GPT, GPTConfig
@@ -261,16 +263,7 @@ def texts(model, prompts, n, **options):
     return torch.stack(list(stream(model, prompts, n, **options)), dim=1).tolist()
 
 
-MODERN = dict(pos='rotary', norm='rmsnorm', activation='relu2', qk_norm=True, embed_norm=True)
-MODERN |= dict(tie_embeddings=False, logit_cap=15.0)
 NETWORKS = [dict(), dict(pos='alibi', n_kv_head=2), MODERN]
-OPTIONS = [
-    dict(temperature=0),
-    dict(seed=3),
-    dict(seed=3, top_k=5, top_p=0.8),
-    dict(seed=1, min_p=0.1, temperature=1.3),
-    dict(seed=2, repetition_penalty=1.5),
-]
 
 
 @pytest.mark.parametrize('options', OPTIONS, ids=str)

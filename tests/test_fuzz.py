@@ -176,6 +176,12 @@ def holds(project, *args):
         (project.path / f'run-{project.count}.{name}').unlink()
 
 
+def fuzzed_dataset_holds(project, *flags):
+    holds(project, 'train.py', *SHORT, '--dataset=fuzzed', *flags)
+    evaluate = '--out_dir=out-trained', '--device=cpu', '--dataset=fuzzed', '--eval_iters=1'
+    holds(project, 'eval.py', *evaluate)
+
+
 @fuzz
 @given(flags('train.py'))
 def test_flags_of_train(project, trained, extra):
@@ -335,15 +341,7 @@ def test_metas(project, trained, how):
         else pickle.dumps({**pickle.loads(meta), how[0]: how[1]} if len(how) == 2 else how[0])
     )
     (folder / 'meta.pkl').write_bytes(new)
-    holds(project, 'train.py', *SHORT, '--dataset=fuzzed')
-    holds(
-        project,
-        'eval.py',
-        '--out_dir=out-trained',
-        '--device=cpu',
-        '--dataset=fuzzed',
-        '--eval_iters=1',
-    )
+    fuzzed_dataset_holds(project)
 
 
 @fuzz
@@ -484,15 +482,7 @@ def test_data_files(project, trained, name, data, how):
     for source in ('train.bin', 'val.bin', 'meta.pkl'):
         (folder / source).write_bytes((project.path / 'data' / 'tiny' / source).read_bytes())
     (folder / name).write_bytes(data)
-    holds(project, 'train.py', *SHORT, '--dataset=fuzzed', *how)
-    holds(
-        project,
-        'eval.py',
-        '--out_dir=out-trained',
-        '--device=cpu',
-        '--dataset=fuzzed',
-        '--eval_iters=1',
-    )
+    fuzzed_dataset_holds(project, *how)
 
 
 @fuzz

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, write_dataset
-from test_tokenizer import fake_bpe  # noqa: F401, a fixture
 
 from data.lines import ASCII, find_starts, mask_targets, read_lines, read_questions
 from data.loader import Loader
@@ -109,7 +108,7 @@ def test_without_masks_and_alignment_nothing_changes(tmp_path):
     assert (aligned.gather(aligned.train_starts(np.arange(50)))[1] >= 0).all()
 
 
-def test_bpe_tokens_mark_and_end_lines_too(fake_bpe):  # noqa: F811
+def test_bpe_tokens_mark_and_end_lines_too(fake_bpe):
     lines = read_lines(GPT2, 300, '=', True, True)
     assert np.flatnonzero(lines.mark).tolist() == [ord('=')]
     assert np.flatnonzero(lines.newline).tolist() == [ord('\n')]

@@ -161,6 +161,7 @@ linux = pytest.mark.skipif(not has_proc, reason='finds worker processes in /proc
 
 
 @linux
+@pytest.mark.slow
 def test_a_killed_worker_ends_all_within_seconds_and_is_named_first(project, launch, tried):
     torchrun = launch('killed-worker.txt', *LONGER, '--out_dir=out-killed-worker')
     until(lambda: (project.path / 'out-killed-worker' / 'ckpt.pt').exists())

@@ -77,7 +77,6 @@ def test_a_run_on_mps_skips_a_bad_step_and_tells_its_memory(project):
     assert 'gradient_checkpointing with dropout is not supported on MPS' in refused
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
 def test_a_run_in_float16_skips_steps_until_the_scale_fits_and_resumes_it(project, optimizer):
     (project.path / 'float16.py').write_text(RUN.format(FLOAT16))

@@ -7,7 +7,6 @@ import zipfile
 import numpy as np
 import pytest
 from conftest import ROOT
-from test_tokenizer import fake_bpe  # noqa: F401, a fixture
 
 from data import download
 from data.shakespeare_char import prepare as shakespeare
@@ -85,7 +84,7 @@ def write_parquet(path, texts):
 
 
 @pytest.mark.parametrize('dataset', ['openwebtext', 'fineweb'])
-def test_web_text_is_read_from_local_parquet(tmp_path, fake_bpe, monkeypatch, dataset):  # noqa: F811
+def test_web_text_is_read_from_local_parquet(tmp_path, fake_bpe, monkeypatch, dataset):
     texts = [f'page {i}: ' + 'web ' * (i % 7) for i in range(300)]
     write_parquet(tmp_path / 'a.parquet', texts[:200])
     write_parquet(tmp_path / 'b.parquet', texts[200:])

@@ -106,12 +106,12 @@ def test_a_later_step_that_hangs_is_ended_by_the_second_signal_of_any_kind(proje
 
 
 def test_a_stop_during_an_evaluation_takes_a_few_batches(project):
-    flags = ['--max_iters=12', '--eval_iters=40', '--dropout=0.1']
+    flags = ['--max_iters=12', '--eval_interval=10', '--eval_iters=40', '--dropout=0.1']
     straight = Run(project, 'out-eval-straight', *flags)
     assert project.spawner.wait(straight.pid) == 0
-    run = Run(project, 'out-eval-stopped', *flags, SLOW='0.1')
+    run = Run(project, 'out-eval-stopped', *flags, SLOW='0.06')
     run.until('iter 9:')
-    time.sleep(0.3)  # it evaluates now, which takes 8 seconds
+    time.sleep(0.3)  # it evaluates now, which takes 5 seconds
     got, seconds = run.ends('SIGTERM')
     assert got == 0 and seconds < 3
     assert 'stopped: iteration 10,' in run.text() and 'step 10' not in run.text()

@@ -6,7 +6,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-import tiktoken
 
 from data import tokenizer
 from data.make_tokenizer import make_meta
@@ -17,19 +16,6 @@ from support.files import write_whole
 
 def splits(folder):
     return [np.fromfile(folder / name, dtype=np.uint16) for name in ('train.bin', 'val.bin')]
-
-
-@pytest.fixture
-def fake_bpe(monkeypatch):
-    """One token a byte, in place of GPT-2's BPE, which would be downloaded."""
-    bpe = tiktoken.Encoding(
-        'bytes',
-        pat_str='[\\s\\S]',
-        mergeable_ranks={bytes([i]): i for i in range(256)},
-        special_tokens={'<|endoftext|>': 256},
-    )
-    monkeypatch.setattr(tokenizer, 'gpt2_encoding', lambda: bpe)
-    return bpe
 
 
 def test_characters_come_back_as_they_went_in():
