@@ -20,7 +20,7 @@ import tokenize
 import traceback
 from typing import NamedTuple
 
-from support.errors import fail, one_line_errors, prepare_output
+from support.errors import UserError, fail, one_line_errors, prepare_output
 
 HERE = os.path.dirname(os.path.abspath(__file__))  # the folder with config/ and data/
 PLAIN = (bool, int, float, str, list, tuple, type(None))  # types of values that a setting may have
@@ -98,7 +98,7 @@ def configure(ns, model=None, recipes_of=(), ignore_from_recipes=(), from_files=
 
 def check(config, names, least=None, above=None, below=None, most=None, choices=None):
     """
-    Raise ValueError if a setting is out of range.
+    Raise UserError if a setting is out of range.
 
     names: the settings to check, a string separated by spaces; None is always in range
     least, most: inclusive bounds; above, below: exclusive bounds; choices: the allowed values
@@ -110,25 +110,25 @@ def check(config, names, least=None, above=None, below=None, most=None, choices=
             continue
         largest = 2**31 - 1 if most is None and type(value) is int else most
         if choices is not None and value not in choices:
-            raise ValueError(f'{name}={value!r} is none of {", ".join(map(repr, choices))}')
+            raise UserError(f'{name}={value!r} is none of {", ".join(map(repr, choices))}')
         if least == 0 and not value >= 0:  # not: nan too
-            raise ValueError(f'{name}={value} must not be negative')
+            raise UserError(f'{name}={value} must not be negative')
         if least is not None and not value >= least:
-            raise ValueError(f'{name}={value} must be at least {least}')
+            raise UserError(f'{name}={value} must be at least {least}')
         if above is not None and not value > above:
-            raise ValueError(f'{name}={value} must be more than {above}')
+            raise UserError(f'{name}={value} must be more than {above}')
         if below is not None and not value < below:
-            raise ValueError(f'{name}={value} must be less than {below}')
+            raise UserError(f'{name}={value} must be less than {below}')
         if largest is not None and not value <= largest:
-            raise ValueError(f'{name}={value} must be at most {largest}')
+            raise UserError(f'{name}={value} must be at most {largest}')
 
 
 def writable(config, *names):
-    """Raise ValueError if a setting names an output file in a folder that does not exist."""
+    """Raise UserError if a setting names an output file in a folder that does not exist."""
     for name in names:
         path = config[name]
         if path and (os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or '.')):
-            raise ValueError(f'{name}={path!r} must be a file in a folder that is there')
+            raise UserError(f'{name}={path!r} must be a file in a folder that is there')
 
 
 # -----------------------------------------------------------------------------

@@ -20,6 +20,7 @@ configure(globals(), paths=('init_from', 'output'))
 import os
 
 from support.checkpoint import write
+from support.errors import UserError
 from support.files import new_folder
 from support.hf import to_transformers
 from support.weights import open_model, tokenizer_meta
@@ -28,10 +29,10 @@ FIGURES = 'dataset optimizer learning_rate batch_size gradient_accumulation_step
 
 check(globals(), 'to', choices=('transformers', 'flatgpt'))
 if not output or os.path.lexists(output):
-    raise ValueError(f'output={output!r} must be a new folder: --output=...')
+    raise UserError(f'output={output!r} must be a new folder: --output=...')
 parent = os.path.dirname(os.path.abspath(output))
 if not os.path.isdir(parent):
-    raise ValueError(f'output={output!r}: {parent} is not there')
+    raise UserError(f'output={output!r}: {parent} is not there')
 
 model, loaded = open_model(init_from)
 config, meta = loaded.get('config', {}), loaded.get('meta')

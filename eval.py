@@ -56,6 +56,7 @@ from support import weights
 from support.cpu import pack
 from support.device import DTYPES, autocast, resolve, tune
 from support.distributed import print0
+from support.errors import UserError
 from support.files import write_whole
 from support.runlog import perplexity
 
@@ -67,7 +68,7 @@ check(config, 'limit', above=0)
 writable(config, 'output')
 for name in ('output', 'include_path', 'num_fewshot', 'limit'):
     if name in given and not tasks:
-        raise ValueError(f'{name} is for benchmarks; add --tasks=hellaswag or another')
+        raise UserError(f'{name} is for benchmarks; add --tasks=hellaswag or another')
 dtype = 'auto' if dtype == 'fast' else dtype  # for training only
 device, dtype, _ = resolve(device, dtype, False, quantize)
 tune(device, lengths_vary=True)
@@ -82,7 +83,7 @@ model.eval().to(device)
 longest = model.config.block_size
 block_size = longest if block_size is None else block_size
 if block_size > longest:
-    raise ValueError(f'block_size={block_size} is more than the {longest} of {source}')
+    raise UserError(f'block_size={block_size} is more than the {longest} of {source}')
 num_params = model.get_num_params()
 if quantize:
     pack(model.to(DTYPES[dtype]), int8=True)
@@ -94,13 +95,13 @@ trained = loaded.get('config', {})  # the settings of its training
 def run_benchmarks():
     """Print the harness's table for `tasks` and write the results into `output`."""
     if world_size > 1:
-        raise ValueError('benchmarks run in one process; leave torchrun away')
+        raise UserError('benchmarks run in one process; leave torchrun away')
     try:
         import lm_eval
 
         from support.harness import Harness
     except ImportError as e:
-        raise ValueError(f"--tasks needs the package lm_eval: pip install '.[eval]' ({e})") from e
+        raise UserError(f"--tasks needs the package lm_eval: pip install '.[eval]' ({e})") from e
     tokenizer = from_meta(weights.tokenizer_meta(loaded, source, model.config.vocab_size))
     try:
         results = lm_eval.simple_evaluate(
@@ -113,7 +114,7 @@ def run_benchmarks():
         )
     except Exception as e:  # many kinds, for unknown tasks and for data that cannot be reached
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise ValueError(f'tasks={tasks}: {reason}') from e
+        raise UserError(f'tasks={tasks}: {reason}') from e
     print0(lm_eval.utils.make_table(results))
     if output:
         kept = {name: results[name] for name in ('results', 'n-shot', 'n-samples', 'versions')}
@@ -128,7 +129,7 @@ if tasks:
 # dataset and tokenizer
 dataset = dataset or trained.get('dataset', '')
 if not dataset:
-    raise ValueError(f'{source} was not trained on a dataset of ours; name one: --dataset=...')
+    raise UserError(f'{source} was not trained on a dataset of ours; name one: --dataset=...')
 data_dir = dataset_dir(dataset)
 meta = loaded.get('meta') or dataset_meta(data_dir)
 weights.check_tokenizer(loaded, source, data_dir)
@@ -169,7 +170,7 @@ def score_split(split):
 
     loss, count = parallel.mean_losses(evaluate, device, batches())[0].tolist()
     if not count:
-        raise ValueError(
+        raise UserError(
             f'{path}: none of the targets in {eval_iters} batches count; raise --eval_iters'
         )
     bits = loss / math.log(2) * count / parallel.all_reduce(num_bytes).item()

@@ -6,6 +6,7 @@ from functools import partial
 import torch
 
 from model import alibi
+from support.errors import UserError
 from support.graphs import Recorder
 
 
@@ -207,7 +208,7 @@ def stream(
     config, device = model.config, model.lm_head.weight.device
     vocab_size = vocab_size or config.vocab_size
     if stride > 1 and stride >= config.block_size:
-        raise ValueError(f'stride={stride} must be less than block_size={config.block_size}')
+        raise UserError(f'stride={stride} must be less than block_size={config.block_size}')
     cuda_graph = cuda_graph and can_record(device)
     own = cache is None
     if own:

@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from support.cpu import fast_dtype
 from support.distributed import as_shard, gather, local, shard_like, sharded
+from support.errors import UserError
 
 # Odd quintic polynomials that bring singular values to 1 fastest when they are applied one after
 # another: the Polar Express, Amsel et al. 2025, arXiv:2505.16932.
@@ -177,7 +178,7 @@ def configure(model, rates, weight_decay, learning_rate, betas, device_type, giv
     sizes, because its steps have the same norm for any gradient. AdamW's fall with the root of the
     width (nanochat). Runs of less than 600 iterations (rates['lr_decay_iters']) need higher rates
     (docs/figures.md, E). All follow the schedule of learning_rate, which is itself the rate of the
-    vectors. Raises ValueError for a flag --learning_rate (in `given`) if there are no vectors.
+    vectors. Raises UserError for a flag --learning_rate (in `given`) if there are no vectors.
     """
     width = (model.config.n_embd / 768) ** -0.5
     short = (600 / max(100, rates.get('lr_decay_iters', 600))) ** 0.6
@@ -194,7 +195,7 @@ def configure(model, rates, weight_decay, learning_rate, betas, device_type, giv
             groups[group_of(name, p, head=model.lm_head.weight)].append(p)
     flag = given.get('learning_rate', '').startswith('--')
     if flag and not groups['vectors'] and not rates.get('min_lr'):
-        raise ValueError(
+        raise UserError(
             'with muon, learning_rate is the rate of biases and norms, and this model trains none; '
             'set --matrix_lr, --embed_lr or --head_lr'
         )

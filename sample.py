@@ -61,6 +61,7 @@ from support import checkpoint as ckpt
 from support import weights
 from support.cpu import pack
 from support.device import DTYPES, resolve, tune
+from support.errors import FileError, UserError
 from support.files import write_whole
 
 check(config, 'num_samples max_new_tokens batch_size stride', least=1)
@@ -73,19 +74,19 @@ writable(config, 'output')
 starts = [start] if isinstance(start, str) else list(start)
 stops = [stop] if isinstance(stop, str) else list(stop)
 if sys.stdin is None and (interactive or '-' in starts):
-    raise ValueError('standard input is closed; give a prompt by --start=... instead')
+    raise UserError('standard input is closed; give a prompt by --start=... instead')
 if interactive and given.get('start', '').startswith('--'):
-    raise ValueError('--start is not read with --interactive; type it at the prompt')
+    raise UserError('--start is not read with --interactive; type it at the prompt')
 if interactive and output:
-    raise ValueError('--output is not written with --interactive; leave one of them out')
+    raise UserError('--output is not written with --interactive; leave one of them out')
 for name, texts in (('start', starts), ('stop', stops)):
     if not texts or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f'{name}={config[name]} must be a text or a list of texts')
+        raise UserError(f'{name}={config[name]} must be a text or a list of texts')
 for i, entry in enumerate(starts):
     if entry.startswith(('FILE:', 'LINES:')):
         kind, _, path = entry.partition(':')
         if not os.path.isfile(os.path.expanduser(path)):
-            raise FileNotFoundError(f'prompt file {path} not found')
+            raise FileError(f'prompt file {path} not found')
         starts[i] = f'{kind}:{os.path.expanduser(path)}'
 stops = [text for text in (stop_token_char, *stops) if text]
 dtype = 'auto' if dtype == 'fast' else dtype  # for training only
@@ -102,7 +103,7 @@ tokenizer = from_meta(weights.tokenizer_meta(loaded, source, model.config.vocab_
 if stop_token_char:
     n = len(tokenizer.encode(stop_token_char))
     if n != 1:
-        raise ValueError(
+        raise UserError(
             f'stop_token_char={stop_token_char!r} is {n} tokens; --stop takes any string'
         )
 newline = []
@@ -122,7 +123,7 @@ def read_prompts(entry):
     if kind == 'LINES':
         return [line for line in read_text(path, f'prompt file {path}').split('\n') if line]
     if any('\ud800' <= c <= '\udfff' for c in entry):  # bytes that Python could not decode
-        raise ValueError('the prompt is not UTF-8 text')
+        raise UserError('the prompt is not UTF-8 text')
     return [entry]
 
 
@@ -132,7 +133,7 @@ def read_text(path, name):
         with open(path, encoding='utf-8-sig', closefd=path != 0) as f:
             return f.read()
     except UnicodeDecodeError as e:
-        raise ValueError(f'{name} is not UTF-8 text: {e.reason} at byte {e.start}') from e
+        raise UserError(f'{name} is not UTF-8 text: {e.reason} at byte {e.start}') from e
 
 
 if interactive:
@@ -144,7 +145,7 @@ else:
     ids = [[tokenizer.eot] if tokenizer.eot is not None else newline or [0]]
     prompts = [tokenizer.decode(ids[0])]
 if not interactive and not (ids and all(ids)):
-    raise ValueError('the prompt is empty; give at least one character: --start=...')
+    raise UserError('the prompt is empty; give at least one character: --start=...')
 if device == 'cpu' and (quantize or not compile):
     rows = 1 if interactive else min(batch_size, num_samples * len(ids))
     pack(model, rows, int8=quantize == 'int8')

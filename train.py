@@ -98,6 +98,7 @@ from support import checkpoint, distributed, graphs, optimizers, resume, runlog,
 from support.cpu import seed_dropout
 from support.device import autocast, pays_to_compile, resolve, tune
 from support.distributed import print0
+from support.errors import UserError
 
 # check the settings
 save_interval = config['save_interval'] = eval_interval if save_interval is None else save_interval
@@ -126,7 +127,7 @@ ddp = torch.distributed.is_initialized()
 master_process = rank == 0  # prints, logs and saves
 redraws = gradient_checkpointing and dropout > 0  # draws dropout masks in backward
 if redraws and 'mps' in device:
-    raise ValueError('gradient_checkpointing with dropout is not supported on MPS; add --dropout=0')
+    raise UserError('gradient_checkpointing with dropout is not supported on MPS; add --dropout=0')
 cuda_graph = graphs.can_record(cuda_graph, device, dtype, ddp, redraws)
 
 # -----------------------------------------------------------------------------

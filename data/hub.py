@@ -4,6 +4,7 @@ import glob
 import os
 
 from data.write import Piece, write_documents
+from support.errors import FileError, UserError
 
 
 def load_documents(hub_name, column, streaming, data_files='', **where):
@@ -11,7 +12,7 @@ def load_documents(hub_name, column, streaming, data_files='', **where):
     A dataset of the hub, or of local Parquet files, from the package datasets.
 
     data_files: a glob of local files; where: more arguments for load_dataset (name, revision)
-    Raises OSError if it cannot be loaded, ValueError if it lacks the column.
+    Raises FileError if it cannot be loaded, UserError if it lacks the column.
     """
     import logging
 
@@ -24,20 +25,20 @@ def load_documents(hub_name, column, streaming, data_files='', **where):
     try:
         documents = load_dataset(hub_name, split='train', streaming=streaming, **where)
     except Exception as e:  # datasets and the hub raise many kinds
-        raise OSError(f'{source} cannot be loaded: {e}') from e
+        raise FileError(f'{source} cannot be loaded: {e}') from e
     columns = documents.column_names  # None: not known before the first row
     if columns and column not in columns:
-        raise ValueError(f'no column {column!r} in {source}; it has {", ".join(columns)}')
+        raise UserError(f'no column {column!r} in {source}; it has {", ".join(columns)}')
     return documents
 
 
 def unbroken(items, source):
-    """Yield the items of a dataset. Raises OSError if the network or the data breaks off."""
+    """Yield the items of a dataset. Raises FileError if the network or the data breaks off."""
     try:
         yield from items
     except Exception as e:  # datasets and the hub raise many kinds
         reason = ' '.join(str(e).split()) or type(e).__name__
-        raise OSError(f'{source} broke off ({reason}); repeat the command') from e
+        raise FileError(f'{source} broke off ({reason}); repeat the command') from e
 
 
 def prepare(hub_name, data_files, column, streaming, output_dir, val_every, **where):
@@ -50,7 +51,7 @@ def prepare(hub_name, data_files, column, streaming, output_dir, val_every, **wh
     where: more arguments for load_dataset (name, revision)
     """
     if val_every < 2:
-        raise ValueError(f'val_every={val_every} must be at least 2')
+        raise UserError(f'val_every={val_every} must be at least 2')
     documents = load_documents(hub_name, column, streaming, data_files, **where)
     source = data_files or hub_name
 
@@ -59,7 +60,7 @@ def prepare(hub_name, data_files, column, streaming, output_dir, val_every, **wh
             for text in batch[column]:
                 if not isinstance(text, str):
                     kind = type(text).__name__
-                    raise ValueError(
+                    raise UserError(
                         f'{source}: document {n + 1} has no text in column {column!r} but {kind}'
                     )
                 split = 'val' if n % val_every == val_every - 1 else 'train'

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data.tokenizer import char_meta, dataset_meta, from_meta
+from support.errors import UserError
 
 # one vocabulary for all tasks, so that a model can be trained on one after another
 ASCII = char_meta('\n' + ''.join(map(chr, range(32, 127))))
@@ -27,14 +28,14 @@ def read_lines(meta, vocab_size, mask_before_token, mask_per_line, align_to_line
     The Lines for train.py's settings of these names, or None if they are off.
 
     meta: of the dataset; vocab_size: of the model
-    Raises ValueError if mask_before_token is not one token, or the vocabulary lacks a newline.
+    Raises UserError if mask_before_token is not one token, or the vocabulary lacks a newline.
     """
     if not mask_before_token and not align_to_lines:
         return None
     tokenizer, ids = from_meta(meta), np.arange(vocab_size)
     newlines = [i for i in range(tokenizer.vocab_size) if '\n' in tokenizer.decode([i])]
     if not newlines and (align_to_lines or mask_per_line):
-        raise ValueError(
+        raise UserError(
             'the vocabulary has no newline, so there are no lines; '
             'train with --align_to_lines=False --mask_per_line=False'
         )
@@ -42,7 +43,7 @@ def read_lines(meta, vocab_size, mask_before_token, mask_per_line, align_to_line
     if mask_before_token:
         mark_id = single_token(tokenizer, mask_before_token)
         if mask_per_line and mark_id in newlines:
-            raise ValueError(
+            raise UserError(
                 f'mask_before_token={mask_before_token!r} ends lines, so it cannot stand within '
                 'one; train with --mask_per_line=False'
             )
@@ -55,9 +56,9 @@ def single_token(tokenizer, text):
     try:
         ids = tokenizer.encode(text)
     except ValueError as e:
-        raise ValueError(f'mask_before_token={text!r}: {e}') from e
+        raise UserError(f'mask_before_token={text!r}: {e}') from e
     if len(ids) != 1:
-        raise ValueError(
+        raise UserError(
             f'mask_before_token={text!r} is {len(ids)} tokens in this vocabulary, it must be one'
         )
     return ids[0]
@@ -84,7 +85,7 @@ def mask_targets(windows, lines):
 def find_starts(tokens, lines, block_size, chunk=1 << 24):
     """
     Where windows of block_size + 1 tokens may begin (N,): at lines of 1 to block_size tokens, the
-    newline not counted. Raises ValueError if there are none.
+    newline not counted. Raises UserError if there are none.
 
     tokens: a memmap of ids; `chunk` of them are read at a time
     """
@@ -93,7 +94,7 @@ def find_starts(tokens, lines, block_size, chunk=1 << 24):
         found.append(np.flatnonzero(lines.newline[tokens[i : i + chunk]]) + i)
     ends = np.concatenate(found)
     if not len(ends):
-        raise ValueError(
+        raise UserError(
             'the dataset has no newlines, so no lines to align to; '
             'train with --align_to_lines=False'
         )
@@ -103,7 +104,7 @@ def find_starts(tokens, lines, block_size, chunk=1 << 24):
     if not fits.any():
         not_empty = lengths[lengths > 0]
         shortest = not_empty.min() if len(not_empty) else 0
-        raise ValueError(
+        raise UserError(
             f'no line fits in block_size={block_size} (the shortest has {shortest} tokens) with '
             'as many tokens after its start; raise --block_size'
         )

@@ -16,6 +16,7 @@ import torch
 
 from data.lines import find_starts, mask_targets
 from data.tokenizer import dataset_meta
+from support.errors import FileError, UserError
 
 MOST = 2**28  # maximum number of tokens in a batch
 CHECKED = 50_000_000  # number of tokens whose ids are checked at the start
@@ -97,7 +98,7 @@ def indices(iteration, most, warmup_iters, rank, world_size):
 
 
 def must_exist(path):
-    """Raise FileNotFoundError, with the command to type, if the .bin file at `path` is missing."""
+    """Raise FileError, with the command to type, if the .bin file at `path` is missing."""
     if os.path.isfile(path):
         return
     folder = os.path.dirname(path)
@@ -110,12 +111,12 @@ def must_exist(path):
             f'data/text/prepare.py --input=... --dataset={dataset} '
             f'(prepared are: {", ".join(names) or "none"})'
         )
-    raise FileNotFoundError(f'{path} not found; prepare the dataset first: python {script}')
+    raise FileError(f'{path} not found; prepare the dataset first: python {script}')
 
 
 def must_hold(path, block_size):
     """
-    Return (number of tokens, dtype) of the .bin file at `path`. Raises ValueError if it is too
+    Return (number of tokens, dtype) of the .bin file at `path`. Raises UserError if it is too
     short for a sequence of block_size and its targets.
     """
     folder = os.path.dirname(path)
@@ -123,12 +124,12 @@ def must_hold(path, block_size):
     size = os.path.getsize(path)
     count, rest = divmod(size, dtype.itemsize)
     if rest:
-        raise ValueError(
+        raise UserError(
             f'{path} has {size:,} bytes, so it is no file of {dtype}; '
             f'prepare it again: python {folder}/prepare.py'
         )
     if count < block_size + 1:
-        raise ValueError(
+        raise UserError(
             f'{path} has {count:,} tokens, block_size={block_size} needs at least '
             f'{block_size + 1:,}; lower --block_size'
         )
@@ -144,15 +145,15 @@ class Loader:
     def __init__(self, path, block_size, batch_size, vocab_size, seed=1337, lines=None):
         """
         block_size, batch_size: a batch has the shape (batch_size, block_size)
-        vocab_size: an id at or above it raises ValueError, as does a file that is too short
+        vocab_size: an id at or above it raises UserError, as does a file that is too short
         lines: a data.lines.Lines, for targets that do not count and windows that start with lines
 
-        A missing file raises FileNotFoundError.
+        A missing file raises FileError.
         """
         must_exist(path)
         count, dtype = must_hold(path, block_size)
         if batch_size * block_size > MOST:
-            raise ValueError(
+            raise UserError(
                 f'batch_size={batch_size} x block_size={block_size} is more than {MOST:,} tokens; '
                 'lower --batch_size'
             )
@@ -182,7 +183,7 @@ class Loader:
             return None
         size = os.path.getsize(path)
         if size != count:
-            raise ValueError(
+            raise UserError(
                 f'{path} is not of {self.path}: {size:,} tokens, not {count:,}; '
                 'prepare the dataset again'
             )
@@ -193,7 +194,7 @@ class Loader:
         Y = self.gather(self.train_starts(np.arange(4096)))[1]
         share = (Y >= 0).double().mean().item()
         if not share:
-            raise ValueError(
+            raise UserError(
                 f'{self.path}: in 4096 windows nothing follows a prompt or mask_before_token, '
                 'so no target counts'
             )
@@ -201,7 +202,7 @@ class Loader:
 
     def check(self, ids):
         if ids.max() >= self.vocab_size:
-            raise ValueError(
+            raise UserError(
                 f'{self.path} has token id {ids.max()}, but vocab_size is {self.vocab_size}; drop '
                 '--vocab_size, or prepare the dataset again with the tokenizer of these weights'
             )

@@ -6,6 +6,7 @@ import sys
 
 from data.bpe import tiktoken_encoding
 from data.tokenizer import EOT, GPT2, char_meta
+from support.errors import UserError
 
 GPT2_SIZES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')  # OpenAI's weights on the hub
 
@@ -17,7 +18,7 @@ def make_meta(tokenizer, vocab_size=None, texts=(), characters=None):
     tokenizer: 'char' (over the set `characters`), 'byte', 'gpt2', a name that tiktoken has,
         a tokenizer.json, a folder or name of the Hugging Face hub, or 'train': a byte-level BPE of
         `vocab_size` ids learned from `texts` (an iterable)
-    Raises ValueError if it is none of these.
+    Raises UserError if it is none of these.
     """
     if tokenizer == 'char':
         return with_dtype(char_meta_with_eot(characters))
@@ -73,7 +74,7 @@ def named_meta(name):
         return {'tokenizer': 'tiktoken', 'name': name, 'vocab_size': vocab_size}
     meta = hub_meta(name)
     if meta.get('tokenizer') == 'json' and meta['eot'] is None:
-        raise ValueError(f'tokenizer={name!r} has no token to end documents with, such as {EOT}')
+        raise UserError(f'tokenizer={name!r} has no token to end documents with, such as {EOT}')
     return meta
 
 
@@ -82,7 +83,7 @@ def hub_meta(name):
     The meta of a tokenizer.json, or of a folder or name that AutoTokenizer of transformers knows.
 
     For a tokenizer of single characters it is as char_meta() makes it, for GPT-2's BPE it is GPT2.
-    Its eot may be None. Raises ValueError if there is no such tokenizer.
+    Its eot may be None. Raises UserError if there is no such tokenizer.
     """
     if name in GPT2_SIZES:
         return dict(GPT2)
@@ -121,7 +122,7 @@ def load_hub_tokenizer(name):
         return tokenizer.backend_tokenizer, tokenizer.eos_token
     except Exception as e:  # transformers and the hub raise many kinds
         reason = str(e).strip() or type(e).__name__
-        raise ValueError(
+        raise UserError(
             f"tokenizer={name!r} is none of 'char', 'byte', 'gpt2', 'train', tiktoken's names, "
             'a tokenizer.json, or a tokenizer of the Hugging Face hub within reach '
             f'({reason.splitlines()[0]})'

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from data.tables import TABLES, as_dict, read_table, suffix
 from data.tokenizer import EOT
+from support.errors import FileError, UserError
 
 TEXTS = '.txt .md .rst .tex .html .xml .yaml .yml .toml'.split()
 CODE = '.py .c .h .cpp .js .ts .java .go .rs .sh'.split()
@@ -44,13 +45,13 @@ def find_path(path):
     elif os.path.isfile(path):
         files = [path]
     elif os.path.exists(path):
-        raise ValueError(
+        raise UserError(
             f'{path} is not a regular file, which can be read twice; write it to one first'
         )
     else:
         files = [file for file in glob.glob(path, recursive=True) if os.path.isfile(file)]
     if not files:
-        raise FileNotFoundError(f'{path}: no such file, and no text in such a folder')
+        raise FileError(f'{path}: no such file, and no text in such a folder')
     return sorted(files)
 
 
@@ -104,7 +105,7 @@ class Reader:
 
     def read(self, path):
         """
-        The parts of a file. Raises ValueError if a text is not UTF-8, or a table lacks the column.
+        The parts of a file. Raises UserError if a text is not UTF-8, or a table lacks the column.
         """
         with open(path, 'rb') as raw:
             file = gzip.open(raw) if path.endswith('.gz') else raw
@@ -116,9 +117,9 @@ class Reader:
                     for row, where, at in rows:
                         yield from self.read_row(row, where, at)
             except UnicodeDecodeError as e:
-                raise ValueError(f'{path} is not UTF-8 text: {e.reason}') from e
+                raise UserError(f'{path} is not UTF-8 text: {e.reason}') from e
             except (EOFError, gzip.BadGzipFile, zlib.error) as e:
-                raise ValueError(f'{path} is not a whole gzip file: {e}') from e
+                raise UserError(f'{path} is not a whole gzip file: {e}') from e
 
     def read_row(self, row, where, at):
         """The parts of a row of a table."""
@@ -160,7 +161,7 @@ class Reader:
                 said.append(words)
         if not parts:
             roles = ' or '.join(ANSWERS)
-            raise ValueError(f'{where} has no answer to learn, a message whose role is {roles}')
+            raise UserError(f'{where} has no answer to learn, a message whose role is {roles}')
         *before, last = parts
         return [part._replace(ends=False, stops=part.ends) for part in before] + [last]
 
@@ -178,7 +179,7 @@ class Reader:
 
         while more := text.read(PIECE):
             if '\0' in more:
-                raise ValueError(f'{path} is binary, not text: it has a zero byte')
+                raise UserError(f'{path} is binary, not text: it has a zero byte')
             rest += more
             if self.splits and EOT in rest:
                 if rest.endswith(EOT):
@@ -219,7 +220,7 @@ def text_in(row, name, setting, where):
     has = f'it has {", ".join(row) or "nothing"}'
     if name in row:
         has = f'{name!r} is {type(row[name]).__name__}'
-    raise ValueError(f'{where} has no text {name!r}; {has}; try --{setting}=...')
+    raise UserError(f'{where} has no text {name!r}; {has}; try --{setting}=...')
 
 
 def role_and_words(message, where):
@@ -228,9 +229,7 @@ def role_and_words(message, where):
     role = message.get('role', message.get('from'))
     words = message.get('content', message.get('value'))
     if not isinstance(role, str) or not isinstance(words, str):
-        raise ValueError(
-            f'{where} needs a role and content, both text; it has {", ".join(message)}'
-        )
+        raise UserError(f'{where} needs a role and content, both text; it has {", ".join(message)}')
     return role, whole_characters(words)
 
 

@@ -9,6 +9,8 @@ import json
 import os
 from itertools import chain
 
+from support.errors import UserError
+
 TABLES = ('.jsonl', '.ndjson', '.json', '.csv', '.tsv', '.parquet')
 
 
@@ -47,7 +49,7 @@ def read_jsonl(path, file, raw):
             try:
                 value = json.loads(line)
             except (ValueError, RecursionError) as e:
-                raise ValueError(f'{path}:{number} is not JSON: {e}') from e
+                raise UserError(f'{path}:{number} is not JSON: {e}') from e
             yield as_dict(value), f'{path}:{number}', raw.tell()
 
 
@@ -65,14 +67,14 @@ def read_json(path, file, raw, column, prompt):
         if is_object(content.lstrip().split(b'\n', 1)[0]):
             return read_jsonl(path, file, raw)
         if wants_table or content.lstrip().startswith(b'['):
-            raise ValueError(f'{path} is not JSON: {e}') from e
+            raise UserError(f'{path} is not JSON: {e}') from e
         return None
     if isinstance(value, list):
         return read_list(path, value, raw)
     if isinstance(value, dict) and (column in value or 'messages' in value):
         return iter([(value, path, raw.tell())])
     if wants_table:
-        raise ValueError(f'{path} is not a table: it needs a list of objects')
+        raise UserError(f'{path} is not a table: it needs a list of objects')
     return None
 
 
@@ -102,14 +104,14 @@ def read_csv(path, file, raw):
         for values in reader:
             where = f'{path}:{reader.line_num}'
             if values and len(values) != len(names):
-                raise ValueError(
+                raise UserError(
                     f'{where} has {len(values)} fields, its header {len(names)}; '
                     f'a text with {delimiter!r} in it needs quotes'
                 )
             if values:
                 yield dict(zip(names, values)), where, raw.tell()
     except csv.Error as e:
-        raise ValueError(f'{path}:{reader.line_num} is not valid {suffix(path)}: {e}') from e
+        raise UserError(f'{path}:{reader.line_num} is not valid {suffix(path)}: {e}') from e
 
 
 def read_parquet(path, raw, column, prompt):
@@ -119,7 +121,7 @@ def read_parquet(path, raw, column, prompt):
     try:
         table = parquet.ParquetFile(raw)
     except (pyarrow.ArrowException, OSError) as e:
-        raise ValueError(f'{path} is not a Parquet file: {e}') from e
+        raise UserError(f'{path} is not a Parquet file: {e}') from e
     size, total = os.path.getsize(path), max(1, table.metadata.num_rows)
     names = table.schema_arrow.names
     needed = {column, prompt} & {*names} or {'messages'}
@@ -132,4 +134,4 @@ def read_parquet(path, raw, column, prompt):
                 done += 1
                 yield row, f'{path}: row {done}', size * done // total
     except (pyarrow.ArrowException, OSError) as e:
-        raise ValueError(f'{path} is damaged after row {done}: {e}') from e
+        raise UserError(f'{path} is damaged after row {done}: {e}') from e

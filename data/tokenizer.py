@@ -11,6 +11,7 @@ import re
 import numpy as np
 
 from data.bpe import gpt2_encoding, tiktoken_encoding
+from support.errors import UserError
 
 EOT = '<|endoftext|>'
 GPT2 = {'tokenizer': 'gpt2', 'vocab_size': 50257}  # the meta of a dataset without meta.pkl
@@ -102,7 +103,7 @@ class JsonTokenizer:
             self.bpe = tokenizers.Tokenizer.from_str(meta['json'])
             self.document_bpe = tokenizers.Tokenizer.from_str(meta['json'])
         except Exception as e:  # tokenizers raises a bare Exception
-            raise ValueError(f'the tokenizer in meta.pkl is damaged ({e})') from e
+            raise UserError(f'the tokenizer in meta.pkl is damaged ({e})') from e
         self.document_bpe.encode_special_tokens = True  # special tokens in documents are text
         self.json, self.vocab_size, self.eot = meta['json'], meta['vocab_size'], meta.get('eot')
 
@@ -172,7 +173,7 @@ class CharTokenizer:
         if len(ids) and ids.min() < 0:
             missing = ', '.join(map(repr, sorted(set(text) - set(self.stoi))[:5]))
             known = ''.join(sorted(set(self.stoi) - {self.itos.get(self.eot)}))
-            raise ValueError(f'the vocabulary lacks {missing}; it has {known!r}')
+            raise UserError(f'the vocabulary lacks {missing}; it has {known!r}')
         return ids
 
     def decode(self, ids):
@@ -240,12 +241,12 @@ class PlainUnpickler(pickle.Unpickler):
 
 
 def load_meta(path):
-    """The dict in a meta.pkl. Raises ValueError if it is damaged, malformed, or names code."""
+    """The dict in a meta.pkl. Raises UserError if it is damaged, malformed, or names code."""
     try:
         with open(path, 'rb') as f:
             meta = PlainUnpickler(f).load()
     except Exception as e:  # a damaged pickle can raise nearly anything
-        raise ValueError(f'{path} refused: {e or type(e).__name__}') from e
+        raise UserError(f'{path} refused: {e or type(e).__name__}') from e
     return check_meta(meta, path)
 
 
@@ -256,9 +257,9 @@ def dataset_meta(folder):
 
 
 def check_meta(meta, where):
-    """`meta` itself. Raises ValueError, with `where` it came from, if it is no tokenizer's."""
+    """`meta` itself. Raises UserError, with `where` it came from, if it is no tokenizer's."""
     if not is_meta(meta):
-        raise ValueError(
+        raise UserError(
             f'{where} refused: it needs vocab_size, stoi and itos that agree, or the name of a '
             'tokenizer; prepare the dataset again'
         )

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data.tokenizer import GPT2, from_meta
+from support.errors import UserError
 from support.files import write_whole
 
 SPLITS = ('train', 'val')
@@ -27,16 +28,16 @@ def short(path):
 
 
 def to_uint16(ids):
-    """A list or array of token ids as a uint16 array. Raises ValueError if an id does not fit."""
+    """A list or array of token ids as a uint16 array. Raises UserError if an id does not fit."""
     return to_dtype(ids, 'uint16')
 
 
 def to_dtype(ids, dtype):
-    """Token ids as an array of uint16 or uint32. Raises ValueError if an id does not fit."""
+    """Token ids as an array of uint16 or uint32. Raises UserError if an id does not fit."""
     ids, largest = np.asarray(ids), np.iinfo(dtype).max
     for i in (ids.max(initial=0), ids.min(initial=0)):
         if not 0 <= i <= largest:
-            raise ValueError(f'token id {i} does not fit {dtype} (0 to {largest})')
+            raise UserError(f'token id {i} does not fit {dtype} (0 to {largest})')
     return ids.astype(dtype)
 
 
@@ -130,9 +131,9 @@ def write_documents(
                 output.write(batch, encoded)
                 bar.update(sum(piece.size for piece in batch))
         if not output.progress['val']:
-            raise ValueError(few)
+            raise UserError(few)
         if not output.progress['train']:
-            raise ValueError(much)
+            raise UserError(much)
         output.close()
     except ValueError:  # the input is wrong, so there is nothing to resume
         output.discard()
@@ -235,7 +236,7 @@ class Output:
     def write(self, pieces, encoded):
         """Append what encode() returned for these pieces."""
         if not self.masked and not all(piece.counts for piece in pieces):
-            raise ValueError(
+            raise UserError(
                 'documents with a prompt come after documents without; prepare them separately'
             )
         progress = dict(self.progress)

@@ -7,6 +7,7 @@ import numpy as np
 
 from data.lines import ASCII, LONGEST
 from data.write import SPLITS, clear, remove, short, write_meta
+from support.errors import UserError
 from support.files import write_whole
 
 DRAWN = 50_000  # lines made at a time
@@ -26,13 +27,13 @@ def write_lines(folder, make, num_examples, seed, mark='=', val_share=0.05):
     make: function(rng, n) -> (questions, answers), at most n rows of ASCII bytes (uint8), 0 is none
     """
     if seed < 0:
-        raise ValueError(f'seed={seed} must not be negative')
+        raise UserError(f'seed={seed} must not be negative')
     if num_examples < 1000:
-        raise ValueError(
+        raise UserError(
             f'num_examples={num_examples} must be at least 1000, so that some can be held out'
         )
     if num_examples > 10**9:
-        raise ValueError(f'num_examples={num_examples} must be at most 1,000,000,000')
+        raise UserError(f'num_examples={num_examples} must be at most 1,000,000,000')
     paths = {split: os.path.join(folder, f'{split}.txt.partial') for split in SPLITS}
     try:
         with open(paths['train'], 'wb') as train, open(paths['val'], 'wb') as val:

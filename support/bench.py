@@ -13,6 +13,7 @@ import muon
 from model import GPT, GPTConfig
 from support.cpu import pack
 from support.device import DTYPES
+from support.errors import UserError
 from support.graphs import Recorder
 
 
@@ -121,7 +122,7 @@ class Bench:
 
     def transformers_gpt2(self):
         """
-        transformers' GPT-2 of the same size, with random weights. Raises ValueError if our network
+        transformers' GPT-2 of the same size, with random weights. Raises UserError if our network
         differs from GPT-2's in more than its biases.
         """
         free = 'n_layer n_head n_embd block_size vocab_size dropout bias init'.split()
@@ -132,7 +133,7 @@ class Bench:
                 differ.append(f'{field.name}={value!r}')
         if differ:
             what = ', '.join(differ)
-            raise ValueError(f"compare=transformers is for GPT-2's network, not with {what}")
+            raise UserError(f"compare=transformers is for GPT-2's network, not with {what}")
         if not self.bias:
             print('transformers has biases, ours has them with --bias=True')
         from transformers import GPT2Config, GPT2LMHeadModel

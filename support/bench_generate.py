@@ -9,15 +9,16 @@ import torch
 import generate
 from support.bench import spread
 from support.cpu import pack
+from support.errors import UserError
 
 
 def run(bench, compare):
     """A token reads all weights once, so the ceiling is the speed of a matrix times a vector."""
     asked = f'prompt_tokens={bench.prompt_tokens} and new_tokens={bench.new_tokens}'
     if bench.prompt_tokens + bench.new_tokens > bench.block_size:
-        raise ValueError(f'{asked} do not fit block_size={bench.block_size}')
+        raise UserError(f'{asked} do not fit block_size={bench.block_size}')
     if compare not in ('', 'transformers'):
-        raise ValueError(f"compare={compare!r}: generation is compared with 'transformers'")
+        raise UserError(f"compare={compare!r}: generation is compared with 'transformers'")
     model = new_model(bench)
     prompt = torch.randint(bench.vocab_size, (1, bench.prompt_tokens), device=bench.device)
     runs = our_runs(bench, model, prompt)

@@ -15,6 +15,7 @@ from data.loader import Loader
 from data.tokenizer import dataset_dir
 from support.bench import spread
 from support.device import autocast, memory_gb, peak_flops
+from support.errors import UserError
 from support.graphs import Recorder
 from support.optimizers import StepGuard
 
@@ -147,10 +148,10 @@ def rival(bench, word):
         return Trainer(bench, model, optimizer, transformers_loss)
     if not (os.path.isfile(word) and word.endswith('.py')):
         kinds = "neither 'transformers' nor the path of a model.py nor --KNOB=VALUE"
-        raise ValueError(f'compare={word!r} is {kinds}')
+        raise UserError(f'compare={word!r} is {kinds}')
     module = import_file(word)
     if not (hasattr(module, 'GPT') and hasattr(module, 'GPTConfig')):
-        raise ValueError(f'compare={word!r} has no GPT and GPTConfig')
+        raise UserError(f'compare={word!r} has no GPT and GPTConfig')
     names = getattr(module.GPTConfig, '__dataclass_fields__', {})
     sizes = {name: value for name, value in vars(bench).items() if name in names}
     model = module.GPT(module.GPTConfig(**sizes))

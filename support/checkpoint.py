@@ -21,6 +21,7 @@ import torch
 from data.tokenizer import check_meta
 from model import GPTConfig
 from support.distributed import print0
+from support.errors import FileError, UserError
 from support.files import write_whole
 
 PREFIXES = ('_orig_mod.', 'module.')  # torch.compile and DDP put these before parameter names
@@ -55,7 +56,7 @@ def save(path, checkpoint, optimizer_state=None, keep=1):
 
     The optimizer file comes first and gets a new name. So the old pair stays complete until the
     new ckpt.pt is moved into place. With keep > 1 the latest `keep` pairs stay, the checkpoints
-    as ckpt-ITERATION.pt. Raises OSError if a file cannot be written; the old pair then stays.
+    as ckpt-ITERATION.pt. Raises FileError if a file cannot be written; the old pair then stays.
     """
     if optimizer_state is None:
         return write(path, checkpoint)
@@ -153,19 +154,19 @@ def set_aside(folder):
 
 
 def write(path, content):
-    """torch.save to a whole new file. Raises OSError if it fails; the old file then stays."""
+    """torch.save to a whole new file. Raises FileError if it fails; the old file then stays."""
     try:
         os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
         write_whole(path, lambda f: torch.save(content, f))
     except (OSError, RuntimeError) as e:  # torch turns some errors of the disk into RuntimeErrors
         reason = getattr(e, 'strerror', None) or str(e).splitlines()[0]
-        raise OSError(f'cannot write {path}: {reason}') from e
+        raise FileError(f'cannot write {path}: {reason}') from e
 
 
 # -----------------------------------------------------------------------------
 # reading
 def read(path):
-    """torch.load that executes no code. Raises ValueError for any kind of damage."""
+    """torch.load that executes no code. Raises UserError for any kind of damage."""
     try:
         if zipfile.is_zipfile(path):  # torch does not check the checksums that it writes
             with zipfile.ZipFile(path) as f:
@@ -178,19 +179,19 @@ def read(path):
             with torch.serialization.safe_globals(PATHS):
                 return torch.load(f, map_location='cpu', weights_only=True)
     except FileNotFoundError as e:
-        raise FileNotFoundError(
+        raise FileError(
             f'{path} not found; train first, or name what is there: --out_dir=... '
             'or --init_from=... (on the hub: gpt2-xl or owner/name)'
         ) from e
     except Exception as e:  # damage raises RuntimeError, UnpicklingError, EOFError, KeyError, ...
         if isinstance(e, MemoryError) or 'allocate memory' in str(e):
-            raise OSError(f'cannot read {path}: not enough memory') from e
+            raise FileError(f'cannot read {path}: not enough memory') from e
         if isinstance(e, OSError) and e.errno != errno.EINVAL:  # EINVAL: an offset that is damaged
-            raise OSError(f'cannot read {path}: {e.strerror or e}') from e
+            raise FileError(f'cannot read {path}: {e.strerror or e}') from e
         reason = 'it is truncated or damaged'
         if 'unsupported global' in str(e).lower():
             reason = 'it holds code, not only weights'
-        raise ValueError(f'{path} refused: {reason}') from e
+        raise UserError(f'{path} refused: {reason}') from e
 
 
 def best(folder):
@@ -202,7 +203,7 @@ def best(folder):
 def load(path):
     """
     The checkpoint at `path` (a file, or a folder with a best.pt or a ckpt.pt), on CPU: ours, or
-    the single file of nanoGPT or PopGPT. Raises FileNotFoundError or ValueError, one line each.
+    the single file of nanoGPT or PopGPT. Raises FileError or UserError, one line each.
     """
     if os.path.isdir(path):
         path = best(path)
@@ -210,7 +211,7 @@ def load(path):
     if isinstance(checkpoint, dict):
         checkpoint['config'] = flat(checkpoint.get('config', {}))
     if not is_checkpoint(checkpoint):
-        raise ValueError(
+        raise UserError(
             f'{path} refused: it is no checkpoint of a GPT '
             '(which has model, model_args and iter_num)'
         )
@@ -218,7 +219,7 @@ def load(path):
         value = checkpoint['model_args'].get(field.name, field.default)
         int_for_float = type(field.default) is float and type(value) is int
         if not isinstance(value, field.type) and not int_for_float:
-            raise ValueError(f'{path} refused: {field.name}={value!r} in its model_args')
+            raise UserError(f'{path} refused: {field.name}={value!r} in its model_args')
     if checkpoint.get('meta'):
         check_meta(checkpoint['meta'], path)
     checkpoint['model'] = {

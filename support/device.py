@@ -15,6 +15,7 @@ from contextlib import nullcontext
 import torch
 
 from support.cpu import fast_bfloat16
+from support.errors import UserError
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
@@ -49,7 +50,7 @@ def resolve(device, dtype, compile, quantize=''):
         older GPUs, float32 on CPU and MPS; 'fast' also takes bfloat16 on CPUs that have it
     compile: True on GPUs that Triton supports (compute capability 7.0 and up)
     quantize: 'int8', on CPUs only, runs everything else in bfloat16; '' is off
-    Raises ValueError for an unknown value and for what this machine does not support.
+    Raises UserError for an unknown value and for what this machine does not support.
     """
     device = resolve_device(device)
     if quantize:
@@ -67,11 +68,11 @@ def resolve_device(device):
         device = 'mps' if torch.backends.mps.is_available() else 'cpu'
     kind, _, number = device.partition(':')
     if kind not in ('cuda', 'mps', 'cpu') or (number and not number.isdigit()):
-        raise ValueError(f"device={device!r} is none of 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
+        raise UserError(f"device={device!r} is none of 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
     if kind == 'cuda':
         return resolve_gpu(device, number)
     if kind == 'mps' and not torch.backends.mps.is_available():
-        raise ValueError("device='mps': no Apple GPU here; try --device=auto or --device=cpu")
+        raise UserError("device='mps': no Apple GPU here; try --device=auto or --device=cpu")
     return device if kind == 'mps' else 'cpu'  # there is one CPU device, whatever its number
 
 
@@ -81,26 +82,26 @@ def resolve_gpu(device, number):
         why = 'torch finds no usable GPU'
         if torch.version.cuda is None:
             why = 'this torch has no CUDA support'
-        raise ValueError(f"device={device!r}: {why}; try --device=auto or --device=cpu")
+        raise UserError(f"device={device!r}: {why}; try --device=auto or --device=cpu")
     if number and int(os.environ.get('LOCAL_WORLD_SIZE', 1)) > 1:
-        raise ValueError(
+        raise UserError(
             f'device=cuda:{number} would be the GPU of every process; '
             'torchrun gives each its own with --device=cuda'
         )
     number = number or os.environ.get('LOCAL_RANK', '0')
     count = torch.cuda.device_count()
     if int(number) >= count:
-        raise ValueError(f'device cuda:{number}: this machine has {count} GPU(s), numbered from 0')
+        raise UserError(f'device cuda:{number}: this machine has {count} GPU(s), numbered from 0')
     return f'cuda:{number}'
 
 
 def check_capability(device):
-    """Raise ValueError if this build of torch has no code for a GPU as old as `device`."""
+    """Raise UserError if this build of torch has no code for a GPU as old as `device`."""
     major, minor = torch.cuda.get_device_capability(device)
     archs = [arch for arch in torch.cuda.get_arch_list() if arch.startswith('sm_')]  # 'sm_90a'
     oldest = min([int(arch[3:].rstrip('af')) for arch in archs], default=0)
     if major * 10 + minor < oldest:
-        raise ValueError(
+        raise UserError(
             f'{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, '
             f'and this torch has code from {oldest // 10}.{oldest % 10} up; '
             'use --device=cpu, or a build of torch for older GPUs (pytorch.org)'
@@ -110,11 +111,11 @@ def check_capability(device):
 def dtype_beside(quantize, device, dtype):
     """The dtype of everything that is not quantized."""
     if quantize != 'int8':
-        raise ValueError(f"quantize={quantize!r} is none of '', 'int8'")
+        raise UserError(f"quantize={quantize!r} is none of '', 'int8'")
     if device != 'cpu':
-        raise ValueError(f'quantize={quantize!r} is for CPUs; add --device=cpu')
+        raise UserError(f'quantize={quantize!r} is for CPUs; add --device=cpu')
     if dtype not in ('auto', 'fast', 'bfloat16'):
-        raise ValueError(
+        raise UserError(
             f'quantize={quantize!r} computes the rest in bfloat16; leave --dtype={dtype} out'
         )
     return 'bfloat16'
@@ -128,9 +129,9 @@ def resolve_dtype(device, dtype):
         return 'bfloat16' if dtype == 'fast' and fast_bfloat16(device) else 'float32'
     if dtype not in DTYPES:
         names = "'auto', 'fast', 'float32', 'bfloat16', 'float16'"
-        raise ValueError(f'dtype={dtype!r} is none of {names}')
+        raise UserError(f'dtype={dtype!r} is none of {names}')
     if dtype == 'float16' and kind != 'cuda':
-        raise ValueError(
+        raise UserError(
             "dtype='float16' needs a CUDA device (its gradients are scaled); "
             f'on {kind} use float32 or bfloat16'
         )
@@ -139,14 +140,14 @@ def resolve_dtype(device, dtype):
 
 def resolve_compile(device, compile):
     if compile != 'auto' and not isinstance(compile, bool):
-        raise ValueError(f"compile={compile!r} is none of 'auto', True, False")
+        raise UserError(f"compile={compile!r} is none of 'auto', True, False")
     if not compile:
         return False
     problem = compile_problem(device)
     if compile == 'auto':
         return 'cuda' in device and not problem
     if problem:
-        raise ValueError(f'compile=True {problem}; use --compile=False')
+        raise UserError(f'compile=True {problem}; use --compile=False')
     return True
 
 

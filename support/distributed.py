@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from support.device import DTYPES
-from support.errors import fail
+from support.errors import UserError, fail
 
 
 # -----------------------------------------------------------------------------
@@ -29,14 +29,14 @@ def start(backend, device, timeout, accumulation):
 
     backend: 'nccl', 'gloo', or 'auto'; device: where the model lives
     timeout: seconds to wait for another process; accumulation: micro-batches per iteration
-    Raises ValueError if these processes cannot work together.
+    Raises UserError if these processes cannot work together.
     """
     if 'RANK' not in os.environ:
         return 0, 1
     names = 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'
     missing = ', '.join(name for name in names if name not in os.environ)
     if missing:
-        raise ValueError(
+        raise UserError(
             f'the environment has RANK but not {missing}; launch with torchrun, or unset RANK'
         )
     check_shares(accumulation, int(os.environ['WORLD_SIZE']))
@@ -51,11 +51,11 @@ def start(backend, device, timeout, accumulation):
 
 
 def check_shares(accumulation, n):
-    """Raise ValueError unless `accumulation` micro-batches can be shared equally by n processes."""
+    """Raise UserError unless `accumulation` micro-batches can be shared equally by n processes."""
     if accumulation % n:
         below = accumulation // n * n
         fits = f'{below} or {below + n}' if below else n
-        raise ValueError(
+        raise UserError(
             f'gradient_accumulation_steps={accumulation} cannot be shared by {n} processes; '
             f'{fits} can'
         )
@@ -65,12 +65,12 @@ def resolve_backend(backend, device):
     """`backend` as torch.distributed spells it, with 'auto' replaced."""
     on_cuda = 'cuda' in device
     if 'mps' in device or (backend == 'nccl' and not on_cuda):
-        raise ValueError(
+        raise UserError(
             f'several processes on {device} with backend={backend!r} cannot work; '
             'use CUDA, or --device=cpu --backend=gloo'
         )
     if backend == 'nccl' and not dist.is_nccl_available():
-        raise ValueError("backend='nccl' is not part of this torch; use --backend=gloo")
+        raise UserError("backend='nccl' is not part of this torch; use --backend=gloo")
     if on_cuda and backend != 'gloo' and dist.is_nccl_available():
         return 'cpu:gloo,cuda:nccl'  # exchanging a flag in CPU memory does not wait for the GPU
     return 'gloo'
@@ -189,7 +189,7 @@ def shard(model, device, dtype, compile):
     float32.
     """
     if not dist.is_initialized():
-        raise ValueError('fsdp=True shares a model between processes; launch them with torchrun')
+        raise UserError('fsdp=True shares a model between processes; launch them with torchrun')
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 

@@ -1,12 +1,19 @@
 """Errors: a mistake of the user is printed in one line, a bug keeps its traceback."""
 
-import dis
 import json
 import os
 import sys
 import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+class UserError(ValueError):
+    """Wrong settings or input. The message says what came and what is needed."""
+
+
+class FileError(OSError):
+    """A file or a download that is missing or fails. The message says what to do."""
 
 
 def fail(message, code=2):
@@ -40,16 +47,16 @@ def one_line_errors(kind, error, trace):
     """
     sys.excepthook: print errors that concern the user in one line.
 
-    Exit code 2: a ValueError or OSError from a `raise` statement of ours, a file that cannot be
-    opened, a missing package. Exit code 1: logits that are not finite, a full disk, too little
-    memory. All other exceptions are bugs and keep their traceback.
+    Exit code 2: a UserError or FileError, another file that cannot be opened, a missing package.
+    Exit code 1: logits that are not finite, a full disk, too little memory. All other exceptions
+    are bugs and keep their traceback.
     """
     while trace and trace.tb_next:
         trace = trace.tb_next  # of the innermost call
     text = ' '.join(str(error).split())
+    if issubclass(kind, (UserError, FileError)):
+        fail(text)
     if trace and is_ours(trace):
-        if issubclass(kind, (ValueError, OSError)) and is_raise_statement(trace):
-            fail(text)
         if issubclass(kind, OSError) and error.filename:
             fail(f'{error.filename}: {error.strerror}')
         if issubclass(kind, OSError) and not issubclass(kind, BrokenPipeError):
@@ -80,12 +87,6 @@ def is_ours(trace):
     """Whether this traceback entry is in a file of this project."""
     path = os.path.abspath(trace.tb_frame.f_code.co_filename)
     return path.startswith(ROOT + os.sep) and 'site-packages' not in path
-
-
-def is_raise_statement(trace):
-    """Whether a `raise` raised the error here; a bug such as int('x') fails within a function."""
-    instruction = trace.tb_frame.f_code.co_code[trace.tb_lasti]
-    return dis.opname[instruction] == 'RAISE_VARARGS'
 
 
 def is_out_of_memory(kind, error):

@@ -8,6 +8,7 @@ import shutil
 import socket
 
 from configurator import fail
+from support.errors import FileError, UserError
 
 
 def write_whole(path, write):
@@ -67,7 +68,7 @@ def new_folder(path):
     """
     A temporary folder to write to, moved to `path` at the end of the block: whole or not at all.
 
-    Raises OSError if the folder cannot be created. Exits with code 1 and one line if a file in it
+    Raises FileError if the folder cannot be created. Exits with code 1 and one line if a file in it
     cannot be written.
     """
     from safetensors import SafetensorError
@@ -76,7 +77,7 @@ def new_folder(path):
     try:
         os.mkdir(partial)
     except OSError as e:
-        raise OSError(f'{path} cannot be created: {e.strerror}') from e
+        raise FileError(f'{path} cannot be created: {e.strerror}') from e
     try:
         yield partial
         os.replace(partial, path)
@@ -92,7 +93,7 @@ def new_folder(path):
 def lock(folder):
     """
     Open and lock run.lock in `folder`, until this process ends in any way, also over NFS. Returns
-    the file, None if the system has no locks. Raises ValueError if another process holds it.
+    the file, None if the system has no locks. Raises UserError if another process holds it.
     """
     try:
         import fcntl  # not on Windows
@@ -103,7 +104,7 @@ def lock(folder):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
         file.seek(0)
-        raise ValueError(
+        raise UserError(
             f'out_dir={folder!r} is that of a run under way ({file.read().strip()}); '
             'give this one its own --out_dir'
         ) from e

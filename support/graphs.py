@@ -2,16 +2,18 @@
 
 import torch
 
+from support.errors import UserError
+
 
 def can_record(cuda_graph, device, dtype, torchrun, redraws):
     """
     cuda_graph with 'auto' replaced: True if train.py's step can be recorded as CUDA graphs.
 
     torchrun: are there several processes? redraws: does backward draw dropout masks again?
-    Raises ValueError for an unknown value, and for True if it is not supported here.
+    Raises UserError for an unknown value, and for True if it is not supported here.
     """
     if cuda_graph not in ('auto', True, False):
-        raise ValueError(f"cuda_graph={cuda_graph!r} is none of 'auto', True, False")
+        raise UserError(f"cuda_graph={cuda_graph!r} is none of 'auto', True, False")
     conditions = {
         'on a CUDA device': 'cuda' in device,
         'without torchrun': not torchrun,
@@ -20,7 +22,7 @@ def can_record(cuda_graph, device, dtype, torchrun, redraws):
     }
     unmet = [words for words, met in conditions.items() if not met]
     if unmet and cuda_graph is True:
-        raise ValueError(f'cuda_graph=True is supported only {unmet[0]}; leave --cuda_graph out')
+        raise UserError(f'cuda_graph=True is supported only {unmet[0]}; leave --cuda_graph out')
     return cuda_graph is not False and not unmet
 
 

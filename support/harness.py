@@ -6,6 +6,7 @@ from lm_eval.api.model import TemplateLM
 from tqdm import tqdm
 
 from generate import stream
+from support.errors import UserError
 
 LOGITS = 2**27  # maximum number in a batch: half a GB in float32
 
@@ -100,7 +101,7 @@ class Harness(TemplateLM):
         new = options.get('max_gen_toks', self.max_gen_toks)
         if new >= self.max_length:
             room = f'more than block_size={self.max_length} leaves room for'
-            raise ValueError(f'the task asks for {new} tokens, {room}')
+            raise UserError(f'the task asks for {new} tokens, {room}')
         prompts = [self.tok_encode(context) or [self.eot_token_id] for context in contexts]
         prompts = [prompt[new - self.max_length :] for prompt in prompts]
 

@@ -9,6 +9,7 @@ import torch
 from data.make_tokenizer import GPT2_SIZES, hub_meta
 from data.tokenizer import from_meta
 from model import GPT, GPTConfig
+from support.errors import UserError
 from support.files import new_folder
 from support.hf_tokenizer import tokenizer_files
 
@@ -86,10 +87,10 @@ def from_pretrained(name, dropout=0.0):
 
     name: a folder in the format of transformers, or a name of the hub; GPT-2 in all sizes, and
         models fine-tuned from it
-    Raises ValueError if it cannot be loaded, or is another kind of network.
+    Raises UserError if it cannot be loaded, or is another kind of network.
     """
     if name not in GPT2_SIZES and '/' not in name and not os.path.isdir(name):
-        raise ValueError(f'{name!r} is neither a local folder nor one of {", ".join(GPT2_SIZES)}')
+        raise UserError(f'{name!r} is neither a local folder nor one of {", ".join(GPT2_SIZES)}')
     kind, sizes, weights = load_theirs(name)
     model = GPT(GPTConfig(**sizes, dropout=dropout))
     for theirs, ours in tensor_pairs(kind, weights, model.state_dict(), model.config.n_layer):
@@ -112,18 +113,18 @@ def load_theirs(name):
         elif hf.model_type == 'nanochat':
             architecture, sizes = NanoChatForCausalLM, nanochat_config(hf)
         else:
-            raise ValueError(f'it is a {hf.model_type}, not a gpt2 or nanochat')
+            raise UserError(f'it is a {hf.model_type}, not a gpt2 or nanochat')
         model = architecture.from_pretrained(name, dtype=torch.float32)
     except Exception as e:  # the hub's client and safetensors raise many types
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         if not is_local and name not in GPT2_SIZES:
             reason = f'no such file or folder is here, and from the hub: {reason}'
-        raise ValueError(f'cannot load {name}: {reason}') from e
+        raise UserError(f'cannot load {name}: {reason}') from e
     return hf.model_type, sizes, model.state_dict()
 
 
 def gpt2_config(hf):
-    """GPTConfig's arguments for a GPT2Config. Raises ValueError for options that GPT lacks."""
+    """GPTConfig's arguments for a GPT2Config. Raises UserError for options that GPT lacks."""
     supported = dict(
         activation_function='gelu_new',
         scale_attn_weights=True,
@@ -134,9 +135,9 @@ def gpt2_config(hf):
     )
     for name, value in supported.items():
         if getattr(hf, name, value) != value:
-            raise ValueError(f'it has {name}={getattr(hf, name)!r}, only {value!r} is supported')
+            raise UserError(f'it has {name}={getattr(hf, name)!r}, only {value!r} is supported')
     if hf.n_inner not in (None, 4 * hf.n_embd):
-        raise ValueError(f'it has n_inner={hf.n_inner}, which is not 4 * {hf.n_embd}')
+        raise UserError(f'it has n_inner={hf.n_inner}, which is not 4 * {hf.n_embd}')
     return dict(
         block_size=hf.n_positions,
         vocab_size=hf.vocab_size,
@@ -148,7 +149,7 @@ def gpt2_config(hf):
 
 
 def nanochat_config(hf):
-    """GPTConfig's arguments for a NanoChatConfig. Raises ValueError for options that GPT lacks."""
+    """GPTConfig's arguments for a NanoChatConfig. Raises UserError for options that GPT lacks."""
     rope = hf.rope_parameters or {}
     for name, value, supported in (
         ('hidden_act', hf.hidden_act, 'relu2'),
@@ -160,7 +161,7 @@ def nanochat_config(hf):
         ('rope_type', rope.get('rope_type', 'default'), 'default'),
     ):
         if value != supported:
-            raise ValueError(f'it has {name}={value!r}, only {supported!r} is supported')
+            raise UserError(f'it has {name}={value!r}, only {supported!r} is supported')
     n_head, n_kv_head = hf.num_attention_heads, hf.num_key_value_heads
     return dict(
         block_size=hf.max_position_embeddings,
@@ -191,7 +192,7 @@ def to_transformers(model, meta, folder, figures=None):
     tokenizer's number of ids, because other readers refuse more.
 
     figures: facts about the training for the model card, a dict
-    Raises ValueError if neither GPT2LMHeadModel nor NanoChatForCausalLM has such a network.
+    Raises UserError if neither GPT2LMHeadModel nor NanoChatForCausalLM has such a network.
     """
     from transformers import GenerationConfig
 
@@ -228,10 +229,10 @@ def to_transformers(model, meta, folder, figures=None):
 
 
 def kind_of(cfg):
-    """transformers' model_type for `cfg`, a GPTConfig. Raises ValueError if there is none."""
+    """transformers' model_type for `cfg`, a GPTConfig. Raises UserError if there is none."""
     gpt2, nanochat = differences(cfg, GPT2_SETTINGS), differences(cfg, NANOCHAT_SETTINGS)
     if gpt2 and nanochat:
-        raise ValueError(
+        raise UserError(
             'transformers has no architecture for this network: '
             f'GPT2LMHeadModel does not support {gpt2}; '
             f'NanoChatForCausalLM does not support {nanochat}'

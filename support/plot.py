@@ -3,18 +3,19 @@
 import io
 import os
 
+from support.errors import UserError
 from support.files import write_whole
 
 
 def draw(runs, png, title=''):
     """
-    Draw runs, {label: rows of log.csv}, into the picture file `png`. Raises ValueError if
+    Draw runs, {label: rows of log.csv}, into the picture file `png`. Raises UserError if
     matplotlib is missing or does not know this kind of picture, OSError if it cannot be written.
     """
     try:
         import matplotlib
     except ImportError as e:
-        raise ValueError('it needs matplotlib: pip install matplotlib') from e
+        raise UserError('it needs matplotlib: pip install matplotlib') from e
     matplotlib.use('Agg')  # needs no screen
     import matplotlib.pyplot as plt
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from support.checkpoint import is_plain, load, read
 from support.distributed import any_rank, broadcast, is_rank0, print0, shard_like
+from support.errors import UserError
 
 
 @dataclass
@@ -45,11 +46,11 @@ def where_it_stood(folder, checkpoint, config, only_look=False):
     Return (iter_num, Best, wandb's run_id) of the run in `folder` from its loaded checkpoint.
 
     If the settings `config` change what is validated, the best loss starts anew. only_look: change
-    nothing in the folder. Raises ValueError if another machine found another checkpoint.
+    nothing in the folder. Raises UserError if another machine found another checkpoint.
     """
     iter_num, run_id = checkpoint['iter_num'], checkpoint.get('run_id')
     if broadcast(iter_num) != iter_num:
-        raise ValueError(
+        raise UserError(
             f'{checkpoint["path"]} is at iteration {iter_num} here and another at rank 0; '
             'out_dir must be one folder that all machines see'
         )
@@ -129,7 +130,7 @@ def made_by(config, path):
 def load_optimizer(optimizer, scaler, checkpoint):
     """
     Load a checkpoint's optimizer and scaler state. Settings such as weight_decay stay as they are.
-    Raises ValueError unless the state is exactly what this optimizer has for each parameter.
+    Raises UserError unless the state is exactly what this optimizer has for each parameter.
     """
     path = checkpoint['path']
     state = checkpoint.get('optimizer')  # nanoGPT keeps it in the same file
@@ -140,7 +141,7 @@ def load_optimizer(optimizer, scaler, checkpoint):
         params = [p for group in groups for p in group['params']]
         muon = {p for group in groups if group.get('muon') for p in group['params']}
         if len(state['state']) > len(params):
-            raise ValueError(f'it is of {len(state["state"])} parameters, not {len(params)}')
+            raise UserError(f'it is of {len(state["state"])} parameters, not {len(params)}')
         for i, p in enumerate(params):
             check_state(state['state'][i], p, is_muon=p in muon)
         settings = [
@@ -150,10 +151,10 @@ def load_optimizer(optimizer, scaler, checkpoint):
         optimizer.load_state_dict({'state': state['state'], 'param_groups': settings})
         if state.get('scaler'):  # empty unless float16
             if not all(isinstance(value, (int, float)) for value in state['scaler'].values()):
-                raise ValueError('the state of the gradient scaler is not made of numbers')
+                raise UserError('the state of the gradient scaler is not made of numbers')
             scaler.load_state_dict(state['scaler'])
     except (KeyError, ValueError, TypeError, IndexError, AttributeError, RuntimeError) as e:
-        raise ValueError(
+        raise UserError(
             f'{path}: its optimizer state does not fit this model ({e}); resume with the '
             f'--optimizer and the sizes of the run, or fine-tune from it: --init_from={path}'
         ) from e
@@ -162,7 +163,7 @@ def load_optimizer(optimizer, scaler, checkpoint):
 def optimizer_path(checkpoint):
     path, name = checkpoint['path'], checkpoint.get('optimizer_file')
     if not name:
-        raise ValueError(
+        raise UserError(
             f'{path} has no optimizer state to resume with; fine-tune from it: --init_from={path}'
         )
     return os.path.join(os.path.dirname(path), os.path.basename(name))
@@ -173,12 +174,12 @@ def check_state(tensors, p, is_muon):
     shape = tuple(p.shape)
     if set(tensors) != ({'momentum_buffer'} if is_muon else {'step', 'exp_avg', 'exp_avg_sq'}):
         names = ', '.join(map(str, tensors)) or 'nothing'
-        raise ValueError(f'it has {names} for a parameter of {shape}')
+        raise UserError(f'it has {names} for a parameter of {shape}')
     for name, t in tensors.items():
         if t.dim() == 2 and t.shape[1:] == p.shape[1:]:
             t = t[: len(p)]  # if block_size was cropped, wpe's state is too
         wanted = () if name == 'step' else p.shape
         if not is_plain(t) or t.shape != wanted or not t.is_floating_point():
             found = f'{tuple(t.shape)}, {t.dtype}'
-            raise ValueError(f'{name} is of {found} for a parameter of {shape}')
+            raise UserError(f'{name} is of {found} for a parameter of {shape}')
         tensors[name] = shard_like(t, p)

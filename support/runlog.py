@@ -18,6 +18,7 @@ from tqdm import tqdm
 from data.loader import micro_batches
 from support.device import memory_gb, peak_flops
 from support.distributed import gather, is_rank0, print0
+from support.errors import FileError, UserError
 from support.files import lock, remove_partials, write_whole
 from support.plot import draw
 
@@ -51,7 +52,7 @@ class RunLog:
         config: the settings, for config.py and wandb; run_id: of the wandb run to continue
         model, device, dtype, world_size: for MFU, memory and the norm of the weights
 
-        Raises OSError if out_dir cannot be written to, ValueError if another run is using it.
+        Raises FileError if out_dir cannot be written to, UserError if another run is using it.
         """
         self.out_dir, self.path = out_dir, os.path.join(out_dir, 'log.csv')
         self.config, self.model, self.device = config, model, device
@@ -81,14 +82,14 @@ class RunLog:
             text = text.encode(errors='backslashreplace')
             write_whole(os.path.join(self.out_dir, 'config.py'), lambda f: f.write(text))
         except OSError as e:
-            raise OSError(f'cannot write into out_dir={self.out_dir!r}: {e.strerror}') from e
+            raise FileError(f'cannot write into out_dir={self.out_dir!r}: {e.strerror}') from e
         return rows
 
     def start_wandb(self, run_id):
         try:
             import wandb
         except ImportError as e:
-            raise ValueError(
+            raise UserError(
                 'wandb_log=True needs the package wandb: pip install wandb, then wandb login'
             ) from e
         project, name = self.config['wandb_project'], self.config['wandb_run_name']
@@ -98,7 +99,7 @@ class RunLog:
             )
         except Exception as e:  # it raises errors of many classes
             reason = (str(e).strip() or type(e).__name__).rstrip('.')  # names `wandb login`
-            raise ValueError(
+            raise UserError(
                 f'wandb does not start: {reason}; WANDB_MODE=offline keeps its log here, '
                 '--wandb_log=False does without'
             ) from e

@@ -10,6 +10,7 @@ import torch
 from data.tokenizer import dataset_dir, dataset_meta, model_vocab_size, same_tokenizer
 from model import GPT, GPTConfig
 from support.checkpoint import load
+from support.errors import UserError
 
 NETWORK = [field.name for field in fields(GPTConfig)]
 
@@ -42,13 +43,13 @@ def is_hub_name(source):
 
 
 def build_model(checkpoint, dropout=0.0):
-    """The GPT of a loaded checkpoint, on CPU. Raises ValueError if the weights do not fit it."""
+    """The GPT of a loaded checkpoint, on CPU. Raises UserError if the weights do not fit it."""
     args = {name: value for name, value in checkpoint['model_args'].items() if name in NETWORK}
     weights = checkpoint['model']
     refused = f'{checkpoint["path"]} refused: its weights do not fit its model_args'
     layers = {name.split('.')[2] for name in weights if name.startswith('transformer.h.')}
     if len(layers) != args['n_layer']:
-        raise ValueError(f'{refused} ({len(layers)} layers)')
+        raise UserError(f'{refused} ({len(layers)} layers)')
     config = GPTConfig(**{**args, 'dropout': dropout})
     with torch.device('meta'):  # compare shapes before allocating memory
         expected = GPT(config).state_dict()
@@ -58,7 +59,7 @@ def build_model(checkpoint, dropout=0.0):
             for tensors in (weights, expected)
         )
         if shape != wanted:
-            raise ValueError(f'{refused} ({name}: {shape} instead of {wanted})')
+            raise UserError(f'{refused} ({name}: {shape} instead of {wanted})')
     model = GPT(config)
     model.load_state_dict(weights)
     return model
@@ -86,7 +87,7 @@ def with_lora(model, rank):
 def new_model(config, given, meta):
     """A GPT with random weights, with the sizes in `config` and the vocabulary of `meta`."""
     if config['lora_rank'] > 0:
-        raise ValueError(
+        raise UserError(
             f'lora_rank={config["lora_rank"]} fine-tunes weights that are there: '
             "--init_from=gpt2, or a run's folder"
         )
@@ -100,7 +101,7 @@ def new_model(config, given, meta):
 def trained_model(init_from, own, config, given, data_dir):
     """
     (model, checkpoint) to train: from this run's checkpoint, at the path `own`, if init_from is
-    'resume', else from other weights. Raises ValueError if they have another tokenizer than the
+    'resume', else from other weights. Raises UserError if they have another tokenizer than the
     dataset in data_dir, or other sizes than files or flags ask for.
     """
     source = own if init_from == 'resume' else init_from
@@ -147,29 +148,29 @@ def origin(place):
 def resolve_sizes(asked, default=(12, 768)):
     """
     (n_head, n_embd) from the dict `asked`: any two of n_head, n_embd and d_head give the third;
-    d_model is another name for n_embd. `default` fills in what is missing. Raises ValueError with
+    d_model is another name for n_embd. `default` fills in what is missing. Raises UserError with
     the arithmetic of a contradiction.
     """
     n_head, d_head = asked.get('n_head'), asked.get('d_head')
     n_embd = asked.get('n_embd', asked.get('d_model'))
     if asked.get('d_model', n_embd) != n_embd:
-        raise ValueError(
+        raise UserError(
             f'n_embd={n_embd} and d_model={asked["d_model"]} are two names for one size; '
             'give one of them'
         )
     if d_head is None:
         return asked.get('n_head', default[0]), default[1] if n_embd is None else n_embd
     if d_head < 1:
-        raise ValueError(f'd_head={d_head} must be at least 1')
+        raise UserError(f'd_head={d_head} must be at least 1')
     if n_embd is None:
         n_embd = default[1] if n_head is None else n_head * d_head
     if n_embd % d_head:
-        raise ValueError(
+        raise UserError(
             f'n_embd={n_embd} must be divisible by d_head={d_head}: '
             f'{n_embd} / {d_head} = {n_embd / d_head:.2f}'
         )
     if n_head is not None and n_head * d_head != n_embd:
-        raise ValueError(
+        raise UserError(
             f'n_head={n_head} x d_head={d_head} = {n_head * d_head}, but n_embd={n_embd}; '
             'leave one of the three out'
         )
@@ -178,7 +179,7 @@ def resolve_sizes(asked, default=(12, 768)):
 
 def fit_sizes(model, asked, source, given):
     """
-    Crop `model` to the block_size in `asked`. Raises ValueError if `asked` differs in another
+    Crop `model` to the block_size in `asked`. Raises UserError if `asked` differs in another
     setting from the weights, which come from `source`.
     """
     have = model.config
@@ -190,13 +191,13 @@ def fit_sizes(model, asked, source, given):
         others = {'n_head': ['d_head'], 'n_embd': ['d_model', 'd_head']}.get(name, [])
         place = next(given[setting] for setting in [name, *others] if setting in asked)
         fix = f'add --{name}={getattr(have, name)}' if name in asked else f'drop {place}'
-        raise ValueError(
+        raise UserError(
             f'{source}: the weights have {name}={getattr(have, name)}, you ask for {value} '
             f'({place}); {fix}, or train a new model: --init_from=scratch'
         )
     block_size = asked.get('block_size', have.block_size)
     if block_size > have.block_size and have.pos == 'learned':
-        raise ValueError(
+        raise UserError(
             f'{source}: the weights have block_size={have.block_size}, you ask for {block_size}; '
             'lower --block_size'
         )
@@ -215,7 +216,7 @@ def tokenizer_meta(checkpoint, source, vocab_size):
     meta = own or dataset_meta(folder)
     too_few = not own and 'stoi' in meta and meta['vocab_size'] < vocab_size
     if too_few or meta['vocab_size'] > vocab_size:
-        raise ValueError(
+        raise UserError(
             f'{source} has {vocab_size} token ids and comes without its tokenizer; '
             f'put the meta.pkl of its dataset into {folder}'
         )
@@ -223,18 +224,18 @@ def tokenizer_meta(checkpoint, source, vocab_size):
 
 
 def check_tokenizer(checkpoint, source, data_dir):
-    """Raise ValueError if the weights from `source` have another tokenizer than the dataset."""
+    """Raise UserError if the weights from `source` have another tokenizer than the dataset."""
     if not os.path.exists(os.path.join(data_dir, 'train.bin')):
         return
     theirs, meta = checkpoint.get('meta'), dataset_meta(data_dir)
     ids = checkpoint.get('model_args', {}).get('vocab_size')
     if not theirs and ids and 'stoi' in meta and meta['vocab_size'] != ids:
-        raise ValueError(
+        raise UserError(
             f'{source}: weights of {ids} token ids that come without tokenizer, '
             f'{data_dir} has {meta["vocab_size"]}; train on their own dataset'
         )
     if theirs and not same_tokenizer(theirs, meta):
-        raise ValueError(
+        raise UserError(
             f'{source}: the weights were trained with another tokenizer than that of {data_dir}; '
             'prepare the text with theirs: '
             f'python data/text/prepare.py --input=... --tokenizer={source} --dataset=...'

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from data.loader import Loader, indices, micro_batches, permute
+from support.errors import FileError
 
 
 def make(tmp_path, n=1000, block_size=8, batch_size=4, seed=1, vocab_size=1000):
@@ -154,5 +155,5 @@ def test_a_block_longer_than_the_data_is_named(tmp_path):
 
 def test_a_missing_dataset_error_gives_the_command_that_prepares_it():
     command = 'python data/text/prepare.py --input=... --dataset=poems'
-    with pytest.raises(FileNotFoundError, match=command):
+    with pytest.raises(FileError, match=command):
         Loader('data/poems/train.bin', 8, 4, 65)

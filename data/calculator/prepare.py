@@ -28,6 +28,7 @@ if __name__ == '__main__':
 import numpy as np
 
 from data.write_lines import write_lines
+from support.errors import UserError
 
 ONE = 10**4  # numbers are integers in units of the fourth decimal place
 
@@ -146,7 +147,7 @@ def answer(question):
 if __name__ == '__main__':
     for name, least, most in (('max_operations', 1, 2), ('max_digits', 1, 6), ('max_places', 0, 4)):
         if not least <= config[name] <= most:
-            raise ValueError(f'{name}={config[name]} must be from {least} to {most}')
+            raise UserError(f'{name}={config[name]} must be from {least} to {most}')
     if not operators or set(operators) - set('+-*/'):
-        raise ValueError(f'operators={operators!r} must be some of + - * /')
+        raise UserError(f'operators={operators!r} must be some of + - * /')
     write_lines(HERE, make, num_examples, seed)

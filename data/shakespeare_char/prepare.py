@@ -21,6 +21,7 @@ if __name__ == '__main__':
 from data.download import from_url, from_wheel
 from data.tokenizer import char_meta
 from data.write import write_dataset
+from support.errors import UserError
 from support.files import write_whole
 
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
@@ -37,9 +38,9 @@ def shakespeare_text(path):
         with open(path, encoding='utf-8-sig') as f:  # Windows' editors may begin it with a mark
             text = f.read()
     except UnicodeDecodeError as e:
-        raise ValueError(f'{path} is not UTF-8 text: {e.reason} at byte {e.start}') from e
+        raise UserError(f'{path} is not UTF-8 text: {e.reason} at byte {e.start}') from e
     if len(text) < 100:
-        raise ValueError(f'{path} holds {len(text)} characters, too few to train on')
+        raise UserError(f'{path} holds {len(text)} characters, too few to train on')
     return text
 
 

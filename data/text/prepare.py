@@ -47,6 +47,7 @@ from data.read import Reader, find_files
 from data.tables import TABLES, suffix
 from data.tokenizer import EOT, from_meta
 from data.write import Piece, write_documents
+from support.errors import UserError
 
 FEW, MANY = 10, 100  # documents
 
@@ -97,7 +98,7 @@ def choose(sizes, val_share):
     for length, first in sizes:
         lengths[first] += length
     if len(lengths) < 2:
-        raise ValueError(
+        raise UserError(
             'there must be two documents that begin differently, one to learn and one to hold out'
         )
     most = min(max(1, round(val_share * len(lengths))), len(lengths) - 1)
@@ -149,27 +150,27 @@ def split_at_end(parts, sizes, val_share):
 # the command
 def check_settings():
     if bool(input) == bool(hub_name):
-        raise ValueError('say what to read: --input=FILE, a folder or a glob, or --hub_name=NAME')
+        raise UserError('say what to read: --input=FILE, a folder or a glob, or --hub_name=NAME')
     if not column:
-        raise ValueError('column must name what holds the text')
+        raise UserError('column must name what holds the text')
     if not 0 < val_share < 1:
-        raise ValueError(f'val_share={val_share} must be between 0 and 1')
+        raise UserError(f'val_share={val_share} must be between 0 and 1')
     if tokenizer == 'train' and not 257 <= vocab_size <= 1_000_000:
-        raise ValueError(
+        raise UserError(
             f'vocab_size={vocab_size} must be from 257 (the bytes and {EOT}) to 1,000,000'
         )
     if 'vocab_size' in given and tokenizer != 'train':
-        raise ValueError(
+        raise UserError(
             f'vocab_size is that of --tokenizer=train; tokenizer={tokenizer!r} has its own'
         )
     if not dataset or os.path.basename(dataset) != dataset or dataset in ('.', '..'):
-        raise ValueError(f'dataset={dataset!r} must be the name of a folder in data/')
+        raise UserError(f'dataset={dataset!r} must be the name of a folder in data/')
 
 
 def check_prompt(files):
     texts = [path for path in files if suffix(path) not in TABLES]
     if prompt and texts:
-        raise ValueError(f'prompt={prompt!r} is a column, and {min(texts)} is not a table')
+        raise UserError(f'prompt={prompt!r} is a column, and {min(texts)} is not a table')
 
 
 def begins_with_prompt(parts):
@@ -190,7 +191,7 @@ def tokenizer_meta(pieces, characters):
 
         meta = load(tokenizer).get('meta')
         if not meta:
-            raise ValueError(f'{tokenizer} comes without its tokenizer')
+            raise UserError(f'{tokenizer} comes without its tokenizer')
         return with_dtype(meta)
     if tokenizer == 'train':
         print(f'learning a BPE of {vocab_size:,} tokens ...', flush=True)
@@ -222,7 +223,7 @@ if __name__ == '__main__':
     sizes, characters = survey(parts(), all_characters=tokenizer == 'char')
     length = sum(size for size, _ in sizes)
     if length < 100:
-        raise ValueError(f'{input or hub_name} holds {length} characters, too few to train on')
+        raise UserError(f'{input or hub_name} holds {length} characters, too few to train on')
 
     def pieces():
         reader.marks.clear()
@@ -230,7 +231,7 @@ if __name__ == '__main__':
 
     meta = tokenizer_meta(pieces(), characters)
     if prompts and from_meta(meta).eot is None:
-        raise ValueError(
+        raise UserError(
             f'tokenizer={tokenizer!r} has no {EOT}, so answers to prompts would have no end'
         )
     # a change to the settings, the files or the tokenizer starts anew
