@@ -7,8 +7,7 @@ import torch
 import torch.distributed as dist
 
 from support.cpu import fast_dtype
-from support.distributed import as_shard, gather, local, shard_like, sharded
-from support.errors import UserError
+from support.distributed import as_shard, divide_work, gather, local, shard_like, sharded
 
 # Odd quintic polynomials that bring singular values to 1 fastest when they are applied one after
 # another: the Polar Express, Amsel et al. 2025, arXiv:2505.16932.
@@ -40,27 +39,6 @@ def orthogonalize(X, steps=4, dtype=None):
     return X if wide else X.mT
 
 
-def orthogonalize_together(X):
-    """orthogonalize(X), with the matrices divided among the ranks; each rank returns all."""
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
-    if world_size == 1:
-        return orthogonalize(X)
-    rank = dist.get_rank()
-    if len(X) < world_size:  # all_gather would need padding to one matrix per rank
-        result = torch.zeros_like(X, dtype=fast_dtype(X.device))
-        result[rank:][:1] = orthogonalize(X[rank:][:1])
-        dist.all_reduce(result)
-        return result
-    share = -(-len(X) // world_size)
-    mine = orthogonalize(X[rank * share :][:share])
-    mine = torch.cat([mine, mine.new_zeros(share - len(mine), *X.shape[1:])])
-    result = mine.new_empty(share * world_size, *X.shape[1:])
-    # torch 2.13 renames the function
-    all_gather = getattr(dist, 'all_gather_single', dist.all_gather_into_tensor)
-    all_gather(result, mine)
-    return result[: len(X)]
-
-
 class Muon(torch.optim.AdamW):
     """
     AdamW, except that groups with muon=True take Muon's step, with their own momentum.
@@ -70,14 +48,9 @@ class Muon(torch.optim.AdamW):
     with FSDP2's sharded parameters. For CUDA graphs lr and momentum may be tensors on the device.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.momenta = {}  # of all matrices of a shape, see momentum_of()
-
     def __setstate__(self, state):  # load_state_dict calls this too
         # not AdamW's own, which expects a step count in the state of every parameter
         torch.optim.Optimizer.__setstate__(self, state)
-        self.momenta = {}
 
     @torch.no_grad()
     def step(self):
@@ -96,23 +69,25 @@ class Muon(torch.optim.AdamW):
         `share` of the rows.
         """
         rows, cols = params[0].shape
-        buffer = self.momentum_of(params)
-        grad = torch.stack([local(p.grad) for p in params]).float()  # (N, share, cols)
+        for p in params:
+            if not self.state[p]:
+                self.state[p]['momentum_buffer'] = torch.zeros_like(p.grad, dtype=torch.float32)
+        buffers = [local(self.state[p]['momentum_buffer']) for p in params]
+        buffer = torch.stack(buffers)  # (N, share, cols)
+        grad = torch.stack([local(p.grad) for p in params]).float()
         weight, bad = 1 - momentum, getattr(self, 'found_inf', None)
         if bad is not None:  # a bad gradient leaves the momentum alone, and the step has length 0
             grad.nan_to_num_()
             weight, lr = weight * (1 - bad), lr * (1 - bad)
         buffer.lerp_(grad, weight)
-        if sharded(params[0]):
-            buffers = [local(self.state[p]['momentum_buffer']) for p in params]
-            torch._foreach_copy_(buffers, list(buffer))
+        torch._foreach_copy_(buffers, list(buffer))
         grad.lerp_(buffer, momentum)  # Nesterov
         if sharded(params[0]):
             grad = torch.stack([gather(as_shard(g, p)) for g, p in zip(grad, params)])
         if rows == 3 * cols:  # c_attn: queries, keys and values are matrices of their own
             grad = grad.view(-1, cols, cols)
-        update = orthogonalize_together(grad) * max(1, grad.size(1) / cols) ** 0.5
-        update = update.reshape(-1, rows, cols)
+        update = divide_work(orthogonalize, grad, fast_dtype(grad.device))
+        update = (update * max(1, grad.size(1) / cols) ** 0.5).reshape(-1, rows, cols)
         update = update.to(buffer.dtype, memory_format=torch.contiguous_format)
         if sharded(params[0]):
             update = torch.stack([local(shard_like(u, p)) for u, p in zip(update, params)])
@@ -121,23 +96,6 @@ class Muon(torch.optim.AdamW):
         if weight_decay:
             torch._foreach_mul_(weights, 1 - lr * weight_decay)
         torch._foreach_sub_(weights, list(update))
-
-    def momentum_of(self, params):
-        """
-        The momentum of matrices of the same shape, one tensor (N, share, cols). The state of each
-        matrix is a view of it, except with FSDP2, whose tensors own their memory.
-        """
-        for p in params:
-            if 'momentum_buffer' not in self.state[p]:
-                self.state[p]['momentum_buffer'] = torch.zeros_like(p.grad, dtype=torch.float32)
-        buffers = [local(self.state[p]['momentum_buffer']) for p in params]
-        if sharded(params[0]):
-            return torch.stack(buffers)
-        if params[0] not in self.momenta:
-            self.momenta[params[0]] = torch.stack(buffers)
-            for p, view in zip(params, self.momenta[params[0]]):
-                self.state[p]['momentum_buffer'] = view
-        return self.momenta[params[0]]
 
 
 def same_shapes(params):
@@ -155,22 +113,25 @@ def same_shapes(params):
 def set_rates(optimizer, lr, iteration):
     """
     Set the learning rate of each group, and Muon's momentum, which rises over the first 300
-    iterations as in modded-nanogpt. In capturable groups both are tensors, written in place.
+    iterations as in modded-nanogpt.
     """
     for group in optimizer.param_groups:
-        rates = {'lr': lr * group.get('lr_scale', 1.0)}
+        write(group, 'lr', lr * group.get('lr_scale', 1.0))
         if group.get('muon'):
-            rates['momentum'] = min(1.0, (iteration + 1) / 300) * (0.95 - 0.85) + 0.85
-        for name, rate in rates.items():
-            if not group['capturable'] or not group['params']:
-                group[name] = rate
-            elif torch.is_tensor(group[name]):
-                group[name].fill_(rate)
-            else:
-                group[name] = torch.tensor(rate, device=group['params'][0].device)
+            write(group, 'momentum', min(1.0, (iteration + 1) / 300) * (0.95 - 0.85) + 0.85)
 
 
-def configure(model, rates, weight_decay, learning_rate, betas, device_type, given={}):
+def write(group, name, value):
+    """group[name] = value. For CUDA graphs it is a tensor on the device, written in place."""
+    if not group['capturable'] or not group['params']:
+        group[name] = value
+    elif torch.is_tensor(group[name]):
+        group[name].fill_(value)
+    else:
+        group[name] = torch.tensor(value, device=group['params'][0].device)
+
+
+def configure(model, rates, weight_decay, learning_rate, betas, device_type):
     """
     Muon for the matrices in the blocks of `model` (a GPT), AdamW for embeddings, head and vectors.
 
@@ -178,27 +139,20 @@ def configure(model, rates, weight_decay, learning_rate, betas, device_type, giv
     sizes, because its steps have the same norm for any gradient. AdamW's fall with the root of the
     width (nanochat). Runs of less than 600 iterations (rates['lr_decay_iters']) need higher rates
     (docs/figures.md, E). All follow the schedule of learning_rate, which is itself the rate of the
-    vectors. Raises UserError for a flag --learning_rate (in `given`) if there are no vectors.
+    vectors.
     """
     width = (model.config.n_embd / 768) ** -0.5
     short = (600 / max(100, rates.get('lr_decay_iters', 600))) ** 0.6
-    defaults = {'matrix_lr': 0.02, 'embed_lr': 0.2 * width, 'head_lr': 0.004 * width}
-    defaults = {name: rate * max(1.0, short) for name, rate in defaults.items()}
-    lr = {name: defaults[name] if rates[name] is None else rates[name] for name in defaults}
-    tied = model.config.tie_embeddings
+    lr = {'matrix_lr': 0.02, 'embed_lr': 0.2 * width, 'head_lr': 0.004 * width}
+    for name in lr:
+        lr[name] = lr[name] * max(1.0, short) if rates[name] is None else rates[name]
     # positions learn at the rate of the embeddings that they are added to
-    lr['positions'] = lr['head_lr'] if tied else lr['embed_lr']
+    lr['positions'] = lr['head_lr' if model.config.tie_embeddings else 'embed_lr']
     lr['vectors'] = learning_rate
     groups = {name: [] for name in ('matrix_lr', 'embed_lr', 'positions', 'head_lr', 'vectors')}
     for name, p in model.named_parameters():
         if p.requires_grad:
             groups[group_of(name, p, head=model.lm_head.weight)].append(p)
-    flag = given.get('learning_rate', '').startswith('--')
-    if flag and not groups['vectors'] and not rates.get('min_lr'):
-        raise UserError(
-            'with muon, learning_rate is the rate of biases and norms, and this model trains none; '
-            'set --matrix_lr, --embed_lr or --head_lr'
-        )
     param_groups = []
     for name, params in groups.items():
         scale = lr[name] / learning_rate if learning_rate else 0.0

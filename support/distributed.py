@@ -148,6 +148,31 @@ def all_reduce(tensor):
     return tensor
 
 
+def divide_work(function, X, dtype):
+    """
+    function(X) for a batch of matrices X, whose results have the shape of X and this dtype. Each
+    rank computes a share of the matrices and returns all results.
+    """
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    if world_size == 1:
+        return function(X)
+    rank = dist.get_rank()
+    if len(X) < world_size:  # all_gather would need padding to one matrix per rank
+        result = torch.zeros_like(X, dtype=dtype)
+        result[rank:][:1] = function(X[rank:][:1])
+        dist.all_reduce(result)
+        return result
+    share = -(-len(X) // world_size)
+    mine = X.new_zeros(share, *X.shape[1:], dtype=dtype)
+    own = X[rank * share :][:share]
+    mine[: len(own)] = function(own)
+    result = mine.new_empty(share * world_size, *X.shape[1:])
+    # torch 2.13 renames the function
+    all_gather = getattr(dist, 'all_gather_single', dist.all_gather_into_tensor)
+    all_gather(result, mine)
+    return result[: len(X)]
+
+
 @torch.no_grad()
 def mean_losses(evaluate, device, *splits, stop=False):
     """

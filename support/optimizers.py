@@ -31,7 +31,14 @@ def make_optimizer(model, config, given, device):
     betas = config['beta1'], config['beta2']
     settings = config['weight_decay'], config['learning_rate'], betas, device_type
     if config['optimizer'] == 'muon':
-        optimizer = muon.configure(model, config, *settings, given)
+        optimizer = muon.configure(model, config, *settings)
+        flag = given.get('learning_rate', '').startswith('--')
+        has_vectors = any(p.dim() < 2 and p.requires_grad for p in model.parameters())
+        if flag and not has_vectors and not config['min_lr']:
+            raise UserError(
+                'with muon, learning_rate is the rate of biases and norms, and this model trains '
+                'none; set --matrix_lr, --embed_lr or --head_lr'
+            )
     else:
         optimizer = model.configure_optimizers(*settings)
     for group in optimizer.param_groups:

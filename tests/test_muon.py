@@ -163,11 +163,12 @@ def test_sharded_momentum_equals_whole_and_moves_to_one_process_and_back(project
 
 SHARED = """
 import torch, torch.distributed as dist
-from muon import orthogonalize, orthogonalize_together
+from muon import fast_dtype, orthogonalize
+from support.distributed import divide_work
 dist.init_process_group('gloo')
 for n in (1, 2, 3):  # fewer than the processes, as many, more
     X = torch.randn(n, 24, 16, generator=torch.Generator().manual_seed(n))
-    together = orthogonalize_together(X)
+    together = divide_work(orthogonalize, X, fast_dtype(X.device))
     assert together.shape == X.shape, n
     if n < 3:  # each process has at most one
         assert together.equal(torch.cat([orthogonalize(x[None]) for x in X])), n
