@@ -158,13 +158,14 @@ def score_split(split):
     num_tokens, _ = must_hold(path, block_size)
     # batches are filled to their full size, so it is at most the number of windows
     size = min(batch_size, max(1, (num_tokens - 1) // block_size))
-    data = Loader(path, block_size, size, model.config.vocab_size, lines=lines)
+    mine = {'rank': rank, 'world_size': world_size, 'device': device}
+    data = Loader(path, block_size, size, model.config.vocab_size, lines=lines, **mine)
     bytes_of = torch.tensor(byte_counts(meta), device=device)
     num_bytes = torch.zeros((), dtype=torch.int64, device=device)
 
     def batches():
         """This rank's batches; their bytes are counted on the way."""
-        for X, Y in data.eval_batches(eval_iters, rank, world_size, device):
+        for X, Y in data.eval_batches(eval_iters):
             num_bytes.add_((bytes_of[Y.clamp_min(0)] * (Y >= 0)).sum())
             yield X, Y
 

@@ -12,13 +12,10 @@ from functools import partial
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from configurator import check
 from support import cpu
-from support.sizes import check_sizes
-
-recompute = partial(checkpoint, use_reentrant=False)  # activations are recomputed in backward
+from support.memory import chunked_cross_entropy, recompute
+from support.settings import check_network
 
 
 @dataclass
@@ -42,12 +39,7 @@ class GPTConfig:
     lora_rank: int = 0  # train only corrections of this rank (Hu et al. 2021), 0: all weights
 
     def __post_init__(self):
-        config = vars(self)
-        check(config, 'pos', choices=('learned', 'rotary', 'alibi', 'none'))
-        check(config, 'norm', choices=('layernorm', 'rmsnorm'))
-        check(config, 'activation', choices=('gelu', 'relu2', 'swiglu'))
-        check(config, 'init', choices=('gpt2', 'zero_proj'))
-        check_sizes(config)
+        check_network(vars(self))
 
 
 class Linear(nn.Linear):
@@ -107,9 +99,10 @@ def rotate(x, cos, sin):
 
 
 def alibi(distance, n_head):
-    """What ALiBi adds to the scores of tokens at this distance (T, S), Press et al. 2021."""
+    """What ALiBi adds to the scores at this distance (T, S), Press et al. 2021; -inf below 0."""
     slopes = 2.0 ** (-8.0 * torch.arange(1, n_head + 1, device=distance.device) / n_head)
-    return -slopes[:, None, None] * distance  # (nh, T, S)
+    bias = -slopes.view(1, -1, 1, 1) * distance  # (1, nh, T, S); torch is slow with 3-d
+    return bias.masked_fill(distance < 0, float('-inf'))
 
 
 class CausalSelfAttention(nn.Module):
@@ -119,9 +112,8 @@ class CausalSelfAttention(nn.Module):
         self.qk_norm, self.dropout = config.qk_norm, config.dropout
         # queries, keys and values of all heads in one matrix
         qkv = (self.n_head + 2 * self.n_kv_head) * (config.n_embd // config.n_head)
-        lora = config.lora_rank
-        self.c_attn = Linear(config.n_embd, qkv, bias=config.bias, lora_rank=lora)
-        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias, lora_rank=lora)
+        self.c_attn = Linear(config.n_embd, qkv, config.bias, config.lora_rank)
+        self.c_proj = Linear(config.n_embd, config.n_embd, config.bias, config.lora_rank)
 
     def forward(self, x, table=None, attn_bias=None, update_cache=None):
         B, T, C = x.shape
@@ -155,9 +147,8 @@ class MLP(nn.Module):
         if config.activation == 'swiglu':
             hidden = 8 * config.n_embd // 3  # the same number of weights
             inner = 2 * hidden
-        options = dict(bias=config.bias, lora_rank=config.lora_rank)
-        self.c_fc = Linear(config.n_embd, inner, **options)
-        self.c_proj = Linear(hidden, config.n_embd, **options)
+        self.c_fc = Linear(config.n_embd, inner, config.bias, config.lora_rank)
+        self.c_proj = Linear(hidden, config.n_embd, config.bias, config.lora_rank)
 
     def forward(self, x):
         x = self.c_fc(x)
@@ -205,14 +196,11 @@ class GPT(nn.Module):
         self.apply(self._init_weights)
         for name, p in self.named_parameters():
             p.requires_grad = not config.lora_rank or 'lora_' in name
-            if name.endswith(
-                'c_proj.weight'
-            ):  # residual projections start small, GPT-2 section 2.3
+            if name.endswith('c_proj.weight'):  # residual projections start small, section 2.3
                 std = 0.02 / math.sqrt(2 * config.n_layer) if config.init == 'gpt2' else 0.0
                 nn.init.normal_(p, std=std)
-            elif config.init == 'zero_proj' and '.h.' in name and p.dim() == 2:
-                if 'lora_' not in name:
-                    nn.init.normal_(p, std=p.size(1) ** -0.5)  # keeps the variance of its input
+            elif config.init == 'zero_proj' and name.endswith(('c_attn.weight', 'c_fc.weight')):
+                nn.init.normal_(p, std=p.size(1) ** -0.5)  # keeps the variance of its input
         if config.init == 'zero_proj' and not config.tie_embeddings:
             nn.init.zeros_(self.lm_head.weight)
 
@@ -252,9 +240,8 @@ class GPT(nn.Module):
         elif cfg.pos == 'rotary':  # left padding shifts queries and keys alike
             table = rotary_table(at, cfg.n_embd // cfg.n_head)
         elif cfg.pos == 'alibi' and cache is None:
-            distance = at[:, None] - at  # (T, T), queries down, keys across
-            attn_bias = alibi(distance, cfg.n_head).masked_fill(distance < 0, float('-inf'))
-            attn_bias = attn_bias.to(x.dtype)[None]  # torch is slow with three dimensions
+            distance = at[:, None] - at  # (T, T), queries x keys
+            attn_bias = alibi(distance, cfg.n_head).to(x.dtype)
         if cfg.embed_norm:
             x = self.transformer.ln_e(x)
         x = cpu.dropout(x, cfg.dropout, self.training)
@@ -268,7 +255,7 @@ class GPT(nn.Module):
         if targets is None:
             return self.head(x[:, -1:]), None
         if self.loss_chunk:
-            return None, self.chunked_loss(x, targets)
+            return None, chunked_cross_entropy(self.head, x, targets, self.loss_chunk)
         logits = self.head(x)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
         if self.training and torch.compiler.is_compiling():
@@ -279,26 +266,14 @@ class GPT(nn.Module):
         cap, logits = self.config.logit_cap, self.lm_head(x)
         return cap * torch.tanh(logits.float() / cap) if cap else logits
 
-    def chunked_loss(self, x, targets):
-        """The loss with logits that are recomputed in backward: less memory, one more product."""
-        total = 0
-        chunks = x.flatten(0, 1).split(self.loss_chunk), targets.flatten().split(self.loss_chunk)
-        for x, y in zip(*chunks):
-            total = total + recompute(self.loss_sum, x, y, preserve_rng_state=False)
-        return total / (targets >= 0).sum()
-
-    def loss_sum(self, x, targets):
-        return F.cross_entropy(self.head(x), targets, ignore_index=-1, reduction='sum')
-
     def crop_block_size(self, block_size):
         """Set the maximum context length. Learned positions can only be cut."""
         cfg = self.config
-        fits = cfg.pos != 'learned' or block_size <= cfg.block_size
-        assert fits, f'cannot grow block_size from {cfg.block_size} to {block_size}'
-        cfg.block_size = block_size
         if cfg.pos == 'learned':
+            assert block_size <= cfg.block_size, f'cannot grow {cfg.block_size} to {block_size}'
             wpe = self.transformer.wpe.weight
             self.transformer.wpe.weight = nn.Parameter(wpe[:block_size], wpe.requires_grad)
+        cfg.block_size = block_size
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
         """AdamW with weight decay for matrices (Linear and Embedding), not for biases and norms."""

@@ -9,7 +9,7 @@ On 8 GPUs of one machine:
 $ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 """
 
-from configurator import check, configure, fail
+from configurator import configure, fail
 
 # -----------------------------------------------------------------------------
 # I/O
@@ -98,27 +98,14 @@ from support import checkpoint, distributed, graphs, optimizers, resume, runlog,
 from support.cpu import seed_dropout
 from support.device import autocast, pays_to_compile, resolve, tune
 from support.distributed import print0
-from support.errors import UserError
-
-# check the settings
-save_interval = config['save_interval'] = eval_interval if save_interval is None else save_interval
-check(config, 'eval_interval save_interval log_interval eval_iters keep_checkpoints', least=1)
-check(config, 'gradient_accumulation_steps batch_size block_size dist_timeout', least=1)
-check(config, 'max_iters lr_decay_iters warmup_iters batch_size_warmup_iters', least=0)
-check(config, 'max_bad_steps patience loss_chunk', least=0)
-check(config, 'learning_rate min_lr matrix_lr embed_lr head_lr weight_decay grad_clip', least=0)
-check(config, 'beta1 beta2', least=0, below=1)
-check(config, 'decay_share', above=0)
-check(config, 'seed', least=0, most=2**63 - 1)
-check(config, 'optimizer', choices=('adamw', 'muon'))
-check(config, 'lr_schedule', choices=('cosine', 'trapezoid'))
-check(config, 'backend', choices=('auto', 'nccl', 'gloo'))
-optimizers.check_rates(config, given)
+from support.settings import check_training
 
 # -----------------------------------------------------------------------------
-# device and processes
+# settings, device and processes
 stop = signals.StopSignals()  # true after SIGINT, SIGTERM, SIGHUP or SIGUSR1
+save_interval = config['save_interval'] = eval_interval if save_interval is None else save_interval
 device, dtype, compile = resolve(device, dtype, compile)
+check_training(config, given, device)
 tune(device)
 ctx = autocast(device, dtype)
 # rank 0 of world_size 1 without torchrun
@@ -126,8 +113,6 @@ rank, world_size = distributed.start(backend, device, dist_timeout, gradient_acc
 ddp = torch.distributed.is_initialized()
 master_process = rank == 0  # prints, logs and saves
 redraws = gradient_checkpointing and dropout > 0  # draws dropout masks in backward
-if redraws and 'mps' in device:
-    raise UserError('gradient_checkpointing with dropout is not supported on MPS; add --dropout=0')
 cuda_graph = graphs.can_record(cuda_graph, device, dtype, ddp, redraws)
 
 # -----------------------------------------------------------------------------
@@ -153,24 +138,20 @@ start_iter = loaded['iter_num'] if init_from == 'resume' else 0
 iters_left = 0 if eval_only else max_iters - start_iter
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 flops = model.flops_per_token() * tokens_per_iter * iters_left / world_size
-too_short = compile and config['compile'] == 'auto' and not pays_to_compile(flops)
-compile = compile and not too_short
+short = compile and config['compile'] == 'auto' and not pays_to_compile(flops)
+compile = compile and not short
 if fsdp:
     distributed.shard(model, device, dtype, compile)
 model.to(device)
 
-# -----------------------------------------------------------------------------
 # data: the batches of an iteration are the same for any number of processes
-sizes = block_size, batch_size, model.config.vocab_size, seed
 lines = read_lines(meta, model.config.vocab_size, mask_before_token, mask_per_line, align_to_lines)
-train_data = Loader(train_bin, *sizes, lines)
-val_data = Loader(os.path.join(data_dir, 'val.bin'), *sizes, lines)
-accumulation = gradient_accumulation_steps, batch_size_warmup_iters
+inputs = block_size, batch_size, model.config.vocab_size, seed, lines, rank, world_size, device
+train_data = Loader(train_bin, *inputs)
+val_data = Loader(os.path.join(data_dir, 'val.bin'), *inputs)
 print0(runlog.describe_data(dataset, train_data, val_data, tokens_per_iter))
-notes = compile, too_short, cuda_graph, world_size, fsdp
-print0(runlog.describe_model(model, device, dtype, *notes))
+print0(runlog.describe_model(model, device, dtype, compile, short, cuda_graph, world_size, fsdp))
 
-# -----------------------------------------------------------------------------
 # optimizer
 scaler = torch.amp.GradScaler(enabled=dtype == 'float16')  # does nothing unless float16
 optimizer = optimizers.make_optimizer(model, config, given, device)
@@ -222,11 +203,10 @@ def step():
 
 
 # -----------------------------------------------------------------------------
-# helpers
 def estimate_loss():
     """Mean loss of both splits over fixed windows, as a dict; None if a signal comes meanwhile."""
     model.eval()
-    splits = [s.eval_batches(eval_iters, rank, world_size, device) for s in (train_data, val_data)]
+    splits = [data.eval_batches(eval_iters) for data in (train_data, val_data)]
     losses = distributed.mean_losses(evaluate, device, *splits, stop=stop)
     model.train()
     return None if losses is None else dict(zip(('train', 'val'), losses[:, 0].tolist()))
@@ -261,18 +241,16 @@ def save(name='ckpt.pt'):
 
 
 # -----------------------------------------------------------------------------
-# evaluate once, without training
 if eval_only:
     print0(runlog.describe_losses(iter_num, estimate_loss()))
     distributed.destroy()
     raise SystemExit
 
-# -----------------------------------------------------------------------------
 # loop
 log = runlog.RunLog(out_dir, config, iter_num, run_id, raw_model, device, dtype, world_size)
 if master_process and init_from != 'resume':
     checkpoint.set_aside(out_dir)
-iterations = train_data.iterations(iter_num, *accumulation, rank, world_size, device)
+iterations = train_data.iterations(iter_num, gradient_accumulation_steps, batch_size_warmup_iters)
 save_due, saved = False, {}  # saved: did the last attempt to write each file succeed?
 ended = problem = ''  # why the run ends early; why the exit code is 1
 next_command = f'python sample.py --out_dir={shlex.quote(out_dir)}'
@@ -330,7 +308,6 @@ while True:
     iter_num += 1
     stop.nothing_to_lose = False
 
-# -----------------------------------------------------------------------------
 # cleanup
 distributed.destroy()  # all ranks wait here until the master has saved
 log.close()

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from data.lines import find_starts, mask_targets
+from data.order import indices, micro_batches, permute
 from data.tokenizer import dataset_meta
 from support.errors import FileError, UserError
 
@@ -28,73 +29,6 @@ class MicroBatch(NamedTuple):
     number: int  # within its iteration, over all processes
     divisor: float  # of its loss, so that the gradient is the mean over the iteration
     is_last: bool  # of its iteration, on this rank
-
-
-def mix(x):
-    """splitmix64's finalizer, uint64 array -> well-mixed uint64 array (Steele et al. 2014)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def permute(index, n, seed):
-    """
-    Map `index` (array of ints in [0, n)) by the random permutation of range(n) that `seed` picks.
-
-    This is a Feistel network over the smallest even number of bits that holds n, applied until the
-    result is below n (Black & Rogaway 2002). It needs no table, so n may be a billion.
-    """
-    half = np.uint64(((n - 1).bit_length() + 1) // 2 or 1)
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    x = np.array(index, dtype=np.uint64, ndmin=1)
-    todo = np.ones(len(x), dtype=bool)
-    with np.errstate(over='ignore'):
-        rounds = np.arange(1, 7, dtype=np.uint64)
-        keys = mix(np.uint64(seed % 2**64) + rounds * np.uint64(0x9E3779B97F4A7C15))
-        while todo.any():
-            left, right = x[todo] >> half, x[todo] & mask
-            for key in keys:
-                left, right = right, left ^ (mix(right + key) & mask)
-            x[todo] = left << half | right
-            todo = x >= n
-    return x.astype(np.int64)
-
-
-def micro_batches(iteration, most, warmup_iters=0):
-    """
-    (number of the first, number of micro-batches) of an iteration, over all processes. The second
-    rises linearly to `most` during the first warmup_iters iterations.
-    """
-    steps = warmup_iters + 1
-    if iteration >= warmup_iters:
-        before = floor_sum(steps, steps, most, warmup_iters)
-        return before + (iteration - warmup_iters) * most, most
-    count = (most * (iteration + 1) + warmup_iters) // steps  # rounded up
-    return floor_sum(iteration + 1, steps, most, warmup_iters), count
-
-
-def floor_sum(n, m, a, b):
-    """Sum of (a * i + b) // m for i in range(n), in as many steps as Euclid's algorithm takes."""
-    total = 0
-    while True:
-        total += n * (n - 1) // 2 * (a // m) + n * (b // m)
-        a, b = a % m, b % m
-        top = a * n + b
-        if top < m:
-            return total
-        n, b, m, a = top // m, top % m, a, m  # count the same points column by column
-
-
-def indices(iteration, most, warmup_iters, rank, world_size):
-    """
-    Yield the numbers of one rank's micro-batches, from `iteration` on. All ranks get equally many.
-    If an iteration's micro-batches do not divide evenly, its last round runs into the next one's.
-    """
-    while True:
-        first, count = micro_batches(iteration, most, warmup_iters)
-        rounds = -(-count // world_size)
-        yield from range(first + rank, first + rounds * world_size, world_size)
-        iteration += 1
 
 
 def must_exist(path):
@@ -142,11 +76,24 @@ class Loader:
     batches and fixed validation windows.
     """
 
-    def __init__(self, path, block_size, batch_size, vocab_size, seed=1337, lines=None):
+    def __init__(
+        self,
+        path,
+        block_size,
+        batch_size,
+        vocab_size,
+        seed=1337,
+        lines=None,
+        rank=0,
+        world_size=1,
+        device='cpu',
+    ):
         """
         block_size, batch_size: a batch has the shape (batch_size, block_size)
         vocab_size: an id at or above it raises UserError, as does a file that is too short
         lines: a data.lines.Lines, for targets that do not count and windows that start with lines
+        rank, world_size: which share of the batches this process takes
+        device: where they go
 
         A missing file raises FileError.
         """
@@ -159,6 +106,7 @@ class Loader:
             )
         self.path, self.vocab_size, self.seed = path, vocab_size, seed
         self.block_size, self.batch_size = block_size, batch_size
+        self.rank, self.world_size, self.device = rank, world_size, device
         self.tokens = np.memmap(path, dtype=dtype, mode='r')
         self.windows = self.as_windows(self.tokens)
         # lines are found by reading all tokens anyway; otherwise each batch is checked too
@@ -247,15 +195,15 @@ class Loader:
             starts[here] = permute(numbers[here] % per_epoch, per_epoch, key) * T + phase
         return starts if self.starts is None else self.starts[starts]
 
-    def iterations(self, first, most, warmup_iters, rank, world_size, device):
+    def iterations(self, first, most, warmup_iters):
         """
         Yield, for each iteration from `first` on, a generator of this rank's MicroBatches.
 
         most, warmup_iters: see micro_batches(). A rank without a micro-batch in an iteration's last
         round gets one whose divisor is infinite, so it adds nothing.
         """
-        numbers = indices(first, most, warmup_iters, rank, world_size)
-        batches = self.train_batches(numbers, device)
+        rank, world_size = self.rank, self.world_size
+        batches = self.train_batches(indices(first, most, warmup_iters, rank, world_size))
 
         def of_iteration(count):
             for start in range(0, count, world_size):
@@ -267,13 +215,13 @@ class Loader:
             yield of_iteration(micro_batches(first, most, warmup_iters)[1])
             first += 1
 
-    def train_batches(self, numbers, device):
+    def train_batches(self, numbers):
         """
-        Yield the training batches (X, Y) with these numbers (an iterable of ints), on `device`:
-        batch n has the windows n * batch_size and on. A thread prefetches, into pinned memory for
+        Yield the training batches (X, Y) with these numbers (an iterable of ints): batch n has the
+        windows n * batch_size and on. A thread prefetches, into pinned memory for
         CUDA, several batches at a time: for small batches numpy's calls cost more than their work.
         """
-        pin = 'cuda' in device
+        pin = 'cuda' in self.device
         tokens = self.batch_size * self.block_size  # in a batch
         at_a_time = min(256, max(1, 2**19 // tokens))
         # batches whose order is drawn at once: at most 16 epochs, since each epoch costs a call
@@ -299,10 +247,10 @@ class Loader:
             ahead = thread.submit(load, batches)
             while loaded := ahead.result():
                 ahead = thread.submit(load, batches)
-                X, Y = (z.to(device, non_blocking=pin).split(self.batch_size) for z in loaded)
+                X, Y = (z.to(self.device, non_blocking=pin).split(self.batch_size) for z in loaded)
                 yield from zip(X, Y)
 
-    def eval_batches(self, max_batches, rank, world_size, device):
+    def eval_batches(self, max_batches):
         """
         Yield this rank's share (X, Y) of the fixed windows that a split is evaluated on: all of
         them, side by side, if they fit in max_batches * batch_size, otherwise that number, evenly
@@ -313,12 +261,12 @@ class Loader:
         starts = np.arange(count) * total // count * self.block_size
         if self.starts is not None:
             starts = self.starts[np.arange(count) * len(self.starts) // count]
-        pin = 'cuda' in device  # a copy from other memory waits for earlier work
-        for b in range(0, count, world_size * self.batch_size):
-            here = starts[b + rank * self.batch_size :][: self.batch_size]
+        pin = 'cuda' in self.device  # a copy from other memory waits for earlier work
+        for b in range(0, count, self.world_size * self.batch_size):
+            here = starts[b + self.rank * self.batch_size :][: self.batch_size]
             missing = self.batch_size - len(here)
             X, Y = self.gather(np.append(here, np.repeat(starts[:1], missing)))
             Y[len(here) :] = -1
             if pin:
                 X, Y = X.pin_memory(), Y.pin_memory()
-            yield X.to(device, non_blocking=pin), Y.to(device, non_blocking=pin)
+            yield X.to(self.device, non_blocking=pin), Y.to(self.device, non_blocking=pin)

@@ -30,10 +30,11 @@ def run(bench, number=500):
 
 def time_loaders(bench, number, path, dtype):
     """Seconds for `number` batches; each time from the start, so that none is prefetched."""
-    loader = Loader(path, bench.block_size, bench.batch_size, bench.vocab_size, bench.seed)
+    shape = bench.block_size, bench.batch_size, bench.vocab_size, bench.seed
+    loader = Loader(path, *shape, device=bench.device)
 
     def ours():
-        for _ in loader.train_batches(range(number), bench.device):
+        for _ in loader.train_batches(range(number)):
             pass
 
     def simplest():

@@ -57,8 +57,8 @@ def get_batches(bench):
     """Endless training batches (X, Y)."""
     if bench.real_data:
         path = os.path.join(dataset_dir(bench.dataset), 'train.bin')
-        loader = Loader(path, bench.block_size, bench.batch_size, bench.vocab_size, bench.seed)
-        return loader.train_batches(itertools.count(), bench.device)
+        shape = bench.block_size, bench.batch_size, bench.vocab_size, bench.seed
+        return Loader(path, *shape, device=bench.device).train_batches(itertools.count())
     shape = 2, bench.batch_size, bench.block_size
     X, Y = torch.randint(bench.vocab_size, shape, device=bench.device)
     return itertools.repeat((X, Y))

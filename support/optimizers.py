@@ -10,21 +10,6 @@ from support.distributed import gather
 from support.errors import UserError
 
 
-def check_rates(config, given):
-    """Raise UserError for rates that contradict each other or would have no effect."""
-    for name in ('matrix_lr', 'embed_lr', 'head_lr'):
-        if config['optimizer'] != 'muon' and given.get(name, '').startswith('--'):
-            raise UserError(
-                f'{name} needs --optimizer=muon (config/modern.py); '
-                f'{config["optimizer"]} has --learning_rate'
-            )
-    lr, min_lr = config['learning_rate'], config['min_lr']
-    if config['decay_lr'] and min_lr > lr:
-        raise UserError(
-            f'min_lr={min_lr} is more than learning_rate={lr}; add --min_lr={lr / 10:g}'
-        )
-
-
 def make_optimizer(model, config, given, device):
     """AdamW or Muon for `model`, a GPT. config: the settings; given: those that were set."""
     device_type = device.partition(':')[0]

@@ -15,7 +15,7 @@ import time
 from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
-from data.loader import micro_batches
+from data.order import micro_batches
 from support.device import memory_gb, peak_flops
 from support.distributed import gather, is_rank0, print0
 from support.errors import FileError, UserError

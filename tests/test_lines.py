@@ -57,7 +57,7 @@ def test_targets_that_count_equal_those_found_by_hand(tmp_path, per_line, align,
             counts = counted_by_hand(window, per_line)
             want = [META['stoi'][c] if counts[i] else -1 for i, c in enumerate(window[1:])]
             assert y == want, (window, y, want)
-        evaluated = [y for _, Y in data.eval_batches(10**6, 0, 1, 'cpu') for y in Y]
+        evaluated = [y for _, Y in data.eval_batches(10**6) for y in Y]
         assert all((y >= -1).all() for y in evaluated)
 
 
@@ -81,7 +81,7 @@ def test_aligned_windows_begin_with_lines_that_fit_and_reach_all_of_them(tmp_pat
     epoch = data.train_starts(np.arange((len(fit) + 1 - T) // T))
     assert len(set(epoch.tolist())) == len(epoch)  # none twice within an epoch
     windows = {text[i : i + 6] for i in fit}
-    for X, _ in data.eval_batches(3, 0, 1, 'cpu'):
+    for X, _ in data.eval_batches(3):
         for x in X.tolist():
             assert ''.join(META['itos'][i] for i in x) in windows
 

@@ -1,15 +1,16 @@
 import numpy as np
 import pytest
 
-from data.loader import Loader, indices, micro_batches, permute
+from data.loader import Loader
+from data.order import indices, micro_batches, permute
 from support.errors import FileError
 
 
-def make(tmp_path, n=1000, block_size=8, batch_size=4, seed=1, vocab_size=1000):
+def make(tmp_path, n=1000, block_size=8, batch_size=4, seed=1, vocab_size=1000, **share):
     """A Loader of the tokens 0, 1, ... n - 1."""
     path = tmp_path / 'train.bin'
     np.arange(n, dtype=np.uint16).tofile(path)
-    return Loader(str(path), block_size, batch_size, vocab_size, seed)
+    return Loader(str(path), block_size, batch_size, vocab_size, seed, **share)
 
 
 def take(batches, n):
@@ -18,7 +19,7 @@ def take(batches, n):
 
 def batches_of(loader, n, iteration=0, most=2, rank=0, world_size=1):
     """The next n training batches of a rank, from `iteration` on."""
-    return take(loader.train_batches(indices(iteration, most, 0, rank, world_size), 'cpu'), n)
+    return take(loader.train_batches(indices(iteration, most, 0, rank, world_size)), n)
 
 
 @pytest.mark.parametrize('n', [1, 2, 3, 7, 64, 1000, 65537])
@@ -41,7 +42,7 @@ def test_permute_looks_random():
 
 
 def test_targets_are_the_inputs_one_later(tmp_path):
-    X, Y = next(make(tmp_path).train_batches([0], 'cpu'))
+    X, Y = next(make(tmp_path).train_batches([0]))
     assert X.shape == Y.shape == (4, 8)
     assert (X[:, 1:] == Y[:, :-1]).all()
     assert (Y - X == 1).all()
@@ -76,7 +77,7 @@ def test_a_batch_depends_on_seed_and_iteration_alone(tmp_path):
 
 def test_batches_drawn_many_at_a_time_are_those_drawn_one_by_one(tmp_path):
     loader = make(tmp_path, n=300)  # 9 batches an epoch
-    for number, (X, Y) in enumerate(loader.train_batches(range(700), 'cpu')):
+    for number, (X, Y) in enumerate(loader.train_batches(range(700))):
         U, V = loader.gather(loader.train_starts(4 * number + np.arange(4)))
         assert X.equal(U) and Y.equal(V)
         assert X.is_contiguous() and Y.is_contiguous()
@@ -127,10 +128,10 @@ def test_a_growing_batch_is_shared_completely_by_any_number_of_processes(world_s
 @pytest.mark.parametrize('world_size', [1, 3])
 def test_validation_windows_are_fixed_and_evenly_spaced(tmp_path, n, max_batches, world_size):
     """And divided among the ranks, padded with windows that do not count."""
-    loader = make(tmp_path, n=n)
     starts, targets = [], 0
     for rank in range(world_size):
-        for X, Y in loader.eval_batches(max_batches, rank, world_size, 'cpu'):
+        loader = make(tmp_path, n=n, rank=rank, world_size=world_size)
+        for X, Y in loader.eval_batches(max_batches):
             assert X.shape == (4, 8)
             starts += X[Y[:, 0] >= 0, 0].tolist()
             targets += int((Y >= 0).sum())
@@ -149,7 +150,7 @@ def test_a_token_beyond_the_vocabulary_is_named(tmp_path):
 def test_a_block_longer_than_the_data_is_named(tmp_path):
     with pytest.raises(ValueError, match='block_size=64 needs at least 65'):
         make(tmp_path, n=64, block_size=64)
-    X, _ = next(make(tmp_path, n=65, block_size=64).train_batches([0], 'cpu'))
+    X, _ = next(make(tmp_path, n=65, block_size=64).train_batches([0]))
     assert X[0, 0] == 0
 
 
