@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from support.cpu import fast_dtype
 from support.distributed import as_shard, divide_work, gather, local, shard_like, sharded
+from support.graphs import set_value
 
 # Odd quintic polynomials that bring singular values to 1 fastest when they are applied one after
 # another: the Polar Express, Amsel et al. 2025, arXiv:2505.16932.
@@ -116,19 +117,9 @@ def set_rates(optimizer, lr, iteration):
     iterations as in modded-nanogpt.
     """
     for group in optimizer.param_groups:
-        write(group, 'lr', lr * group.get('lr_scale', 1.0))
+        set_value(group, 'lr', lr * group.get('lr_scale', 1.0))
         if group.get('muon'):
-            write(group, 'momentum', min(1.0, (iteration + 1) / 300) * (0.95 - 0.85) + 0.85)
-
-
-def write(group, name, value):
-    """group[name] = value. For CUDA graphs it is a tensor on the device, written in place."""
-    if not group['capturable'] or not group['params']:
-        group[name] = value
-    elif torch.is_tensor(group[name]):
-        group[name].fill_(value)
-    else:
-        group[name] = torch.tensor(value, device=group['params'][0].device)
+            set_value(group, 'momentum', min(1.0, (iteration + 1) / 300) * (0.95 - 0.85) + 0.85)
 
 
 def configure(model, rates, weight_decay, learning_rate, betas, device_type):

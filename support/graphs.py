@@ -26,6 +26,16 @@ def can_record(cuda_graph, device, dtype, torchrun, redraws):
     return cuda_graph is not False and not unmet
 
 
+def set_value(group, name, value):
+    """Set an optimizer's group[name]. For CUDA graphs it is a tensor, written in place."""
+    if not group['capturable'] or not group['params']:
+        group[name] = value
+    elif torch.is_tensor(group[name]):
+        group[name].fill_(value)
+    else:
+        group[name] = torch.tensor(value, device=group['params'][0].device)
+
+
 class Recorder:
     """
     Records functions as CUDA graphs. A small network's step is hundreds of kernel launches, which
