@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 from itertools import groupby
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from data.tokenizer import dataset_dir, dataset_meta, model_vocab_size, same_tokenizer
 from model import GPT, GPTConfig
@@ -51,8 +52,9 @@ def build_model(checkpoint, dropout=0.0):
     if len(layers) != args['n_layer']:
         raise UserError(f'{refused} ({len(layers)} layers)')
     config = GPTConfig(**{**args, 'dropout': dropout})
-    with torch.device('meta'):  # compare shapes before allocating memory
-        expected = GPT(config).state_dict()
+    with torch.device('meta'), NoInit():  # no memory, only shapes
+        model = GPT(config)
+    expected = model.state_dict()
     for name in expected | weights:
         shape, wanted = (
             tuple(tensors[name].shape) if name in tensors else 'nothing'
@@ -60,9 +62,19 @@ def build_model(checkpoint, dropout=0.0):
         )
         if shape != wanted:
             raise UserError(f'{refused} ({name}: {shape} instead of {wanted})')
-    model = GPT(config)
-    model.load_state_dict(weights)
+    weights = {name: p.float().contiguous() for name, p in weights.items()}
+    model.load_state_dict(weights, assign=True)
+    if config.tie_embeddings:
+        model.transformer.wte.weight = model.lm_head.weight
     return model
+
+
+class NoInit(TorchFunctionMode):
+    """Modules made under it are not initialized, which takes long, and imports torch._dynamo."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, '__module__', '') != 'torch.nn.init':
+            return function(*args, **(kwargs or {}))
 
 
 def with_lora(model, rank):
