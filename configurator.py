@@ -65,14 +65,14 @@ def configure(ns, model=None, recipes_of=(), ignore_from_recipes=(), from_files=
     """
     sys.excepthook = one_line_errors
     prepare_output()
-    settings = read_knobs(ns['__file__'], ns)
+    settings = read_settings(ns['__file__'], ns)
     if model:
-        for name, setting in read_knobs(os.path.join(HERE, model)).items():
+        for name, setting in read_settings(os.path.join(HERE, model)).items():
             if name not in settings:
                 settings[name], ns[name] = setting, default_of(setting, {}, model)
     others = {}  # values of the settings of other scripts
     for script in recipes_of:
-        for name, setting in read_knobs(os.path.join(HERE, script)).items():
+        for name, setting in read_settings(os.path.join(HERE, script)).items():
             if name not in settings:
                 others[name] = default_of(setting, others)
     if '-h' in sys.argv or '--help' in sys.argv:
@@ -133,7 +133,7 @@ def writable(config, *names):
 
 # -----------------------------------------------------------------------------
 # what a script states
-def read_knobs(path, ns=None):
+def read_settings(path, ns=None):
     """
     The settings of a script, {name: Setting}, read from its source: assignments to lower-case
     names above its call of configure(), or the fields of a dataclass ('file.py:Name'). A comment

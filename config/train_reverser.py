@@ -26,10 +26,14 @@ n_embd = 256
 dropout = 0.0  # the data never repeat
 
 learning_rate = 5e-4
-max_iters = 3200
+# with config/modern.py: twice the defaults of muon.py at a width of 128
+matrix_lr = 0.04
+embed_lr = 0.98
+head_lr = 0.02
+max_iters = 2600
 lr_decay_iters = max_iters
 min_lr = 5e-5
 warmup_iters = 100
-eval_interval = 800
+eval_interval = 650
 eval_iters = 5 * _processes  # a rough estimate; eval.py counts right answers
 log_interval = 10

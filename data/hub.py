@@ -24,7 +24,7 @@ def load_documents(hub_name, column, streaming, data_files='', **where):
         hub_name, where = 'parquet', {'data_files': data_files}
     try:
         documents = load_dataset(hub_name, split='train', streaming=streaming, **where)
-    except Exception as e:  # datasets and the hub raise many kinds
+    except Exception as e:  # datasets and the hub raise many types
         raise FileError(f'{source} cannot be loaded: {e}') from e
     columns = documents.column_names  # None: not known before the first row
     if columns and column not in columns:
@@ -36,7 +36,7 @@ def unbroken(items, source):
     """Yield the items of a dataset. Raises FileError if the network or the data breaks off."""
     try:
         yield from items
-    except Exception as e:  # datasets and the hub raise many kinds
+    except Exception as e:  # datasets and the hub raise many types
         reason = ' '.join(str(e).split()) or type(e).__name__
         raise FileError(f'{source} broke off ({reason}); repeat the command') from e
 

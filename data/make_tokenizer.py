@@ -120,7 +120,7 @@ def load_hub_tokenizer(name):
             print(f'asking the Hugging Face hub for {name} ...', file=sys.stderr, flush=True)
         tokenizer = AutoTokenizer.from_pretrained(name)
         return tokenizer.backend_tokenizer, tokenizer.eos_token
-    except Exception as e:  # transformers and the hub raise many kinds
+    except Exception as e:  # transformers and the hub raise many types
         reason = str(e).strip() or type(e).__name__
         raise UserError(
             f"tokenizer={name!r} is none of 'char', 'byte', 'gpt2', 'train', tiktoken's names, "

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 import muon
-from configurator import check, fit, read_flag, read_knobs
+from configurator import check, fit, read_flag, read_settings
 from data.loader import Loader
 from data.tokenizer import dataset_dir
 from support.bench import spread
@@ -161,8 +161,8 @@ def rival(bench, word):
 def with_setting(bench, flag):
     """The Trainer of our network with another value of one setting, '--KNOB=VALUE'."""
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    settings = read_knobs(os.path.join(root, 'model.py:GPTConfig'))
-    own = read_knobs(os.path.join(root, 'bench.py'), vars(bench))
+    settings = read_settings(os.path.join(root, 'model.py:GPTConfig'))
+    own = read_settings(os.path.join(root, 'bench.py'), vars(bench))
     settings['optimizer'] = own['optimizer']
     others = {'optimizer': bench.optimizer}
     for name, (value, place) in read_flag(flag, settings).items():

@@ -6,7 +6,7 @@ import time
 import pytest
 from conftest import ROOT, TINY, Project
 
-from configurator import check, read_knobs
+from configurator import check, read_settings
 
 SCRIPT = f'''
 """A script with a setting of every type."""
@@ -225,7 +225,7 @@ def test_help_of_every_script_is_quick_and_every_setting_has_a_comment(script):
         [sys.executable, script, '--help'], cwd=ROOT, text=True, capture_output=True, check=True
     ).stdout
     assert time.time() - start < 3
-    for knob in read_knobs(ROOT / script).values():
+    for knob in read_settings(ROOT / script).values():
         assert knob.comment and knob.section and knob.comment in out, knob.name
 
 
@@ -344,7 +344,7 @@ def test_ranges_are_checked_in_one_place(values, bounds, message):
 def test_every_number_of_every_script_has_a_range(project):
     """Whatever number is asked for: one line, and no memory is taken for it."""
     for script in ('train.py', 'sample.py', 'eval.py'):
-        for name, knob in read_knobs(ROOT / script).items():
+        for name, knob in read_settings(ROOT / script).items():
             if 'int' in knob.types and name != 'seed':
                 flags = [
                     flag

@@ -16,7 +16,7 @@ from conftest import ROOT, TINY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from configurator import read_knobs
+from configurator import read_settings
 
 MANY = int(os.environ.get('FUZZ', 12))
 fuzz = settings(
@@ -129,9 +129,9 @@ HUGE = [str(10**18), str(10**22), str(2**62), str(2**31), '1e300', str(-(10**22)
 
 def flags(script):
     names = sorted(
-        set(read_knobs(ROOT / script))
+        set(read_settings(ROOT / script))
         | (
-            set(read_knobs(str(ROOT / 'model.py:GPTConfig')))
+            set(read_settings(str(ROOT / 'model.py:GPTConfig')))
             if script in ('train.py', 'bench.py')
             else set()
         )

@@ -11,7 +11,7 @@ from itertools import groupby
 import pytest
 from conftest import ROOT, TINY, Project
 
-from configurator import read_knobs
+from configurator import read_settings
 
 README = ROOT / 'README.md'
 FOLDERS = ['docs/*.md', 'data/*/readme.md', 'support/readme.md']
@@ -92,9 +92,9 @@ def test_commands_name_scripts_files_and_settings_that_exist(words):
     if 'pytest' in words:
         assert all((ROOT / word).is_file() for word in arguments if word.endswith('.py'))
         return
-    knobs = read_knobs(ROOT / script)
+    knobs = read_settings(ROOT / script)
     if script in ('train.py', 'bench.py'):
-        knobs |= read_knobs(str(ROOT / 'model.py:GPTConfig'))
+        knobs |= read_settings(str(ROOT / 'model.py:GPTConfig'))
     for word in arguments:
         if word.startswith('--') and word != '--help':
             assert word[2:].partition('=')[0] in knobs or word == '--learning_rat=1e-3', word

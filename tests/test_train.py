@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, TINY, write_dataset
 from test_model import gpt2_of_transformers
 
-from configurator import default_of, read_knobs, run_file
+from configurator import default_of, read_settings, run_file
 from model import GPT, GPTConfig
 from support import checkpoint as ckpt
 from support import resume, weights
@@ -489,7 +489,7 @@ def test_a_save_that_fails_leaves_a_complete_pair(tmp_path, monkeypatch, late, l
 def test_every_config_loads(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     script = 'sample.py' if name.startswith('sample_') else 'train.py'
-    knobs = {**read_knobs('model.py:GPTConfig'), **read_knobs(script)}
+    knobs = {**read_settings('model.py:GPTConfig'), **read_settings(script)}
     scope = {}
     for knob in knobs.values():
         scope[knob.name] = default_of(knob, scope)
