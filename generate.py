@@ -106,9 +106,8 @@ class Step:
 
     def __init__(self, model, run, cache, max_new_tokens, vocab_size, cuda_graph, options):
         self.model, self.run, self.cache, self.options = model, run, cache, options
-        self.recorder = Recorder(
-            cuda_graph and cache.static, report=partial(print, file=sys.stderr)
-        )
+        record = cuda_graph and cache.static
+        self.recorder = Recorder(record, report=partial(print, file=sys.stderr))
         self.recorded = {}  # by span of the cache
         self.config, self.vocab_size = cache.config, vocab_size
         B, zeros = len(cache.pad), partial(torch.zeros, device=cache.pad.device)
