@@ -22,7 +22,7 @@ mode = 'train'  # or 'generate', 'data', 'optimizer', 'report', 'plot'
 steps = 20  # measured steps; the figures are their medians
 warmup_steps = 5  # steps before that are not measured
 real_data = True  # False: random tokens, no dataset needed
-compare = ''  # 'transformers', the path of a model.py, or --KNOB=VALUE of network or optimizer
+compare = ''  # 'transformers', the path of a model.py, or --NAME=VALUE of network or optimizer
 json = ''  # also write the figures to this file
 profile = False  # True: also write trace.json by torch's profiler, for chrome://tracing
 prompt_tokens = 16  # generate: number of tokens in the prompt

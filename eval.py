@@ -112,7 +112,7 @@ def run_benchmarks():
             log_samples=False,
             task_manager=lm_eval.tasks.TaskManager(include_path=include_path or None),
         )
-    except Exception as e:  # many kinds, for unknown tasks and for data that cannot be reached
+    except Exception as e:  # many types, for unknown tasks and for data that cannot be reached
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise UserError(f'tasks={tasks}: {reason}') from e
     print0(lm_eval.utils.make_table(results))

@@ -202,7 +202,7 @@ def stream(
 
     A prompt is cut to its last block_size tokens. Learned positions recompute this window for
     every further token, as nanoGPT does. Others slide: what is kept has itself seen earlier ones.
-    Raises FloatingPointError for logits that are not finite, ValueError for too large a stride.
+    Raises FloatingPointError for logits that are not finite, UserError for too large a stride.
     """
     config, device = model.config, model.lm_head.weight.device
     vocab_size = vocab_size or config.vocab_size

@@ -138,8 +138,8 @@ start_iter = loaded['iter_num'] if init_from == 'resume' else 0
 iters_left = 0 if eval_only else max_iters - start_iter
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 flops = model.flops_per_token() * tokens_per_iter * iters_left / world_size
-short = compile and config['compile'] == 'auto' and not pays_to_compile(flops)
-compile = compile and not short
+too_short = compile and config['compile'] == 'auto' and not pays_to_compile(flops)
+compile = compile and not too_short
 if fsdp:
     distributed.shard(model, device, dtype, compile)
 model.to(device)
@@ -150,7 +150,8 @@ inputs = block_size, batch_size, model.config.vocab_size, seed, lines, rank, wor
 train_data = Loader(train_bin, *inputs)
 val_data = Loader(os.path.join(data_dir, 'val.bin'), *inputs)
 print0(runlog.describe_data(dataset, train_data, val_data, tokens_per_iter))
-print0(runlog.describe_model(model, device, dtype, compile, short, cuda_graph, world_size, fsdp))
+notes = compile, too_short, cuda_graph, world_size, fsdp
+print0(runlog.describe_model(model, device, dtype, *notes))
 
 # optimizer
 scaler = torch.amp.GradScaler(enabled=dtype == 'float16')  # does nothing unless float16
@@ -202,7 +203,7 @@ def step():
     optimizer.zero_grad(set_to_none=not recorded.on)  # a graph needs gradients in place
 
 
-# -----------------------------------------------------------------------------
+# helpers
 def estimate_loss():
     """Mean loss of both splits over fixed windows, as a dict; None if a signal comes meanwhile."""
     model.eval()
@@ -240,7 +241,6 @@ def save(name='ckpt.pt'):
     return saved.get(name)
 
 
-# -----------------------------------------------------------------------------
 if eval_only:
     print0(runlog.describe_losses(iter_num, estimate_loss()))
     distributed.destroy()

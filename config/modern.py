@@ -2,7 +2,7 @@
 # It comes after the recipe and its size.
 #   launch     python train.py config/train_shakespeare_char.py config/modern.py
 #   network    the one of transformers' NanoChatForCausalLM
-#   rates      the defaults of muon.py
+#   rates      the defaults of muon.py, unless the recipe sets them
 
 pos = 'rotary'
 norm = 'rmsnorm'

@@ -26,7 +26,7 @@ n_embd = 256
 dropout = 0.0  # the data never repeat
 
 learning_rate = 5e-4
-# with config/modern.py: twice the defaults of muon.py at a width of 128
+# with config/modern.py: twice the defaults of muon.py at the width of config/cpu_lines.py
 matrix_lr = 0.04
 embed_lr = 0.98
 head_lr = 0.02

@@ -20,7 +20,7 @@ def tiktoken_encoding(name):
 
     try:
         return within(120, tiktoken.get_encoding, name)
-    except Exception as e:  # requests raises many kinds
+    except Exception as e:  # requests raises many types
         reason = str(e).strip() or type(e).__name__
         first_line = reason.splitlines()[0]
         raise FileError(f'the tokenizer {name} cannot be downloaded: {first_line}') from e
@@ -42,7 +42,7 @@ def gpt2_encoding():
     if not all(os.path.exists(path) for path in paths):
         try:
             return within(30, tiktoken.get_encoding, 'gpt2')
-        except Exception:  # requests raises many kinds
+        except Exception:  # requests raises many types
             pass
         download_gpt2_files(cache)
     return tiktoken.Encoding(

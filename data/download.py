@@ -57,7 +57,7 @@ def from_url(url, sha256, timeout=30):
 
     try:
         content = within(timeout, read)
-    except Exception as e:  # http.client raises many kinds
+    except Exception as e:  # http.client raises many types
         raise FileError(f'{url} cannot be reached ({e})') from e
     return checked(content, sha256, url)
 

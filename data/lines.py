@@ -52,7 +52,7 @@ def read_lines(meta, vocab_size, mask_before_token, mask_per_line, align_to_line
 
 
 def single_token(tokenizer, text):
-    """The id of a text that is one token; else a ValueError about mask_before_token."""
+    """The id of a text that is one token; else a UserError about mask_before_token."""
     try:
         ids = tokenizer.encode(text)
     except ValueError as e:

@@ -218,8 +218,8 @@ class Loader:
     def train_batches(self, numbers):
         """
         Yield the training batches (X, Y) with these numbers (an iterable of ints): batch n has the
-        windows n * batch_size and on. A thread prefetches, into pinned memory for
-        CUDA, several batches at a time: for small batches numpy's calls cost more than their work.
+        windows n * batch_size and on. A thread prefetches, into pinned memory for CUDA, several
+        batches at a time: for small batches numpy's calls cost more than their work.
         """
         pin = 'cuda' in self.device
         tokens = self.batch_size * self.block_size  # in a batch

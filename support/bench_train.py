@@ -147,7 +147,7 @@ def rival(bench, word):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         return Trainer(bench, model, optimizer, transformers_loss)
     if not (os.path.isfile(word) and word.endswith('.py')):
-        kinds = "neither 'transformers' nor the path of a model.py nor --KNOB=VALUE"
+        kinds = "neither 'transformers' nor the path of a model.py nor --NAME=VALUE"
         raise UserError(f'compare={word!r} is {kinds}')
     module = import_file(word)
     if not (hasattr(module, 'GPT') and hasattr(module, 'GPTConfig')):
@@ -159,7 +159,7 @@ def rival(bench, word):
 
 
 def with_setting(bench, flag):
-    """The Trainer of our network with another value of one setting, '--KNOB=VALUE'."""
+    """The Trainer of our network with another value of one setting, '--NAME=VALUE'."""
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     settings = read_settings(os.path.join(root, 'model.py:GPTConfig'))
     own = read_settings(os.path.join(root, 'bench.py'), vars(bench))

@@ -27,7 +27,7 @@ def can_record(cuda_graph, device, dtype, torchrun, redraws):
 
 
 def set_value(group, name, value):
-    """Set an optimizer's group[name]. For CUDA graphs it is a tensor, written in place."""
+    """Set group[name] of an optimizer; on CUDA a tensor, written in place, as graphs need."""
     if not group['capturable'] or not group['params']:
         group[name] = value
     elif torch.is_tensor(group[name]):

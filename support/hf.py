@@ -12,6 +12,7 @@ from model import GPT, GPTConfig
 from support.errors import UserError
 from support.files import new_folder
 from support.hf_tokenizer import tokenizer_files
+from support.memory import NoInit
 
 # our settings for the two architectures; other settings are free
 GPT2_SETTINGS = dict(  # bias is free: GPT2LMHeadModel has biases, and gets zeros for bias=False
@@ -92,7 +93,8 @@ def from_pretrained(name, dropout=0.0):
     if name not in GPT2_SIZES and '/' not in name and not os.path.isdir(name):
         raise UserError(f'{name!r} is neither a local folder nor one of {", ".join(GPT2_SIZES)}')
     kind, sizes, weights = load_theirs(name)
-    model = GPT(GPTConfig(**sizes, dropout=dropout))
+    with NoInit():
+        model = GPT(GPTConfig(**sizes, dropout=dropout))
     for theirs, ours in tensor_pairs(kind, weights, model.state_dict(), model.config.n_layer):
         ours.copy_(theirs)
     return model, tokenizer_of(name)

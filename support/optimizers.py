@@ -11,7 +11,11 @@ from support.errors import UserError
 
 
 def make_optimizer(model, config, given, device):
-    """AdamW or Muon for `model`, a GPT. config: the settings; given: those that were set."""
+    """
+    AdamW or Muon for `model`, a GPT. config: the settings; given: those that were set.
+
+    Raises UserError for a flag --learning_rate that would have no effect.
+    """
     device_type = device.partition(':')[0]
     betas = config['beta1'], config['beta2']
     settings = config['weight_decay'], config['learning_rate'], betas, device_type

@@ -1,4 +1,4 @@
-"""Which settings can be used: of a training run and of a network."""
+"""Checks of the settings of a training run and of a network."""
 
 import math
 

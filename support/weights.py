@@ -6,12 +6,12 @@ from dataclasses import fields, replace
 from itertools import groupby
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from data.tokenizer import dataset_dir, dataset_meta, model_vocab_size, same_tokenizer
 from model import GPT, GPTConfig
 from support.checkpoint import load
 from support.errors import UserError
+from support.memory import NoInit
 
 NETWORK = [field.name for field in fields(GPTConfig)]
 
@@ -52,9 +52,8 @@ def build_model(checkpoint, dropout=0.0):
     if len(layers) != args['n_layer']:
         raise UserError(f'{refused} ({len(layers)} layers)')
     config = GPTConfig(**{**args, 'dropout': dropout})
-    with torch.device('meta'), NoInit():  # no memory, only shapes
-        model = GPT(config)
-    expected = model.state_dict()
+    with torch.device('meta'), NoInit():  # compare shapes before allocating memory
+        expected = GPT(config).state_dict()
     for name in expected | weights:
         shape, wanted = (
             tuple(tensors[name].shape) if name in tensors else 'nothing'
@@ -62,19 +61,10 @@ def build_model(checkpoint, dropout=0.0):
         )
         if shape != wanted:
             raise UserError(f'{refused} ({name}: {shape} instead of {wanted})')
-    weights = {name: p.float().contiguous() for name, p in weights.items()}
-    model.load_state_dict(weights, assign=True)
-    if config.tie_embeddings:
-        model.transformer.wte.weight = model.lm_head.weight
+    with NoInit():
+        model = GPT(config)
+    model.load_state_dict(weights)
     return model
-
-
-class NoInit(TorchFunctionMode):
-    """Modules made under it are not initialized, which takes long, and imports torch._dynamo."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if getattr(function, '__module__', '') != 'torch.nn.init':
-            return function(*args, **(kwargs or {}))
 
 
 def with_lora(model, rank):
@@ -221,7 +211,7 @@ def fit_sizes(model, asked, source, given):
 def tokenizer_meta(checkpoint, source, vocab_size):
     """
     The meta of a checkpoint's tokenizer; for nanoGPT and PopGPT that of its dataset. Raises
-    ValueError if it has more ids than vocab_size, or is of a dataset with fewer characters.
+    UserError if it has more ids than vocab_size, or is of a dataset with fewer characters.
     """
     own, dataset = checkpoint.get('meta'), checkpoint.get('config', {}).get('dataset')
     folder = dataset_dir(str(dataset))

@@ -168,3 +168,23 @@ def test_the_best_starts_anew_where_the_validation_does(project):
     other = project.run('train.py', *flags, '--max_iters=15', '--eval_iters=3').stdout
     assert 'eval_iters x batch_size changed' in other and 'best val loss 0.0010' not in other
     assert ckpt.load(str(folder / 'best.pt'))['iter_num'] in (10, 15)
+
+
+def test_an_edited_network_may_hold_tensors_that_are_no_weights(trained, monkeypatch):
+    class Edited(GPT):
+        def __init__(self, config):
+            super().__init__(config)
+            self.scale = torch.ones(3)
+            self.register_buffer('mask', torch.ones(3), persistent=False)
+
+    monkeypatch.setattr(weights, 'GPT', Edited)
+    model, _ = weights.open_model(str(trained[0]))
+    assert model.scale.tolist() == model.mask.tolist() == [1, 1, 1]
+
+
+def test_opening_weights_does_not_import_the_compiler(project, trained):
+    """Importing torch._dynamo takes most of a second."""
+    code = "import sys; from support import weights; weights.open_model('out-trained'); "
+    code += "assert 'torch._dynamo' not in sys.modules"
+    (project.path / 'opens.py').write_text(code)
+    project.run('opens.py')

@@ -163,7 +163,8 @@ def test_sharded_momentum_equals_whole_and_moves_to_one_process_and_back(project
 
 SHARED = """
 import torch, torch.distributed as dist
-from muon import fast_dtype, orthogonalize
+from muon import orthogonalize
+from support.cpu import fast_dtype
 from support.distributed import divide_work
 dist.init_process_group('gloo')
 for n in (1, 2, 3):  # fewer than the processes, as many, more
