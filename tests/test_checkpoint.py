@@ -3,6 +3,8 @@
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -186,5 +188,4 @@ def test_opening_weights_does_not_import_the_compiler(project, trained):
     """Importing torch._dynamo takes most of a second."""
     code = "import sys; from support import weights; weights.open_model('out-trained'); "
     code += "assert 'torch._dynamo' not in sys.modules"
-    (project.path / 'opens.py').write_text(code)
-    project.run('opens.py')
+    subprocess.run([sys.executable, '-c', code], cwd=project.path, check=True)
