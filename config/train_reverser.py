@@ -1,5 +1,5 @@
 # Train a GPT that reverses strings: hello world=dlrow olleh.
-#   hardware   one GPU; two CPU cores with config/cpu_lines.py before modern.py, a minute
+#   hardware   one GPU; two CPU cores with config/cpu_lines.py before modern.py, half a minute
 #   launch     python train.py config/train_reverser.py config/modern.py
 #   before     python data/reverser/prepare.py
 #   after      python eval.py --out_dir=out-reverser; python sample.py config/sample_reverser.py
