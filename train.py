@@ -108,7 +108,6 @@ device, dtype, compile = resolve(device, dtype, compile)
 check_training(config, given, device)
 tune(device)
 ctx = autocast(device, dtype)
-# rank 0 of world_size 1 without torchrun
 rank, world_size = distributed.start(backend, device, dist_timeout, gradient_accumulation_steps)
 ddp = torch.distributed.is_initialized()
 master_process = rank == 0  # prints, logs and saves
@@ -246,6 +245,7 @@ if eval_only:
     distributed.destroy()
     raise SystemExit
 
+# -----------------------------------------------------------------------------
 # loop
 log = runlog.RunLog(out_dir, config, iter_num, run_id, raw_model, device, dtype, world_size)
 if master_process and init_from != 'resume':
