@@ -14,7 +14,8 @@ class KVCache:
     """
     The keys and values of the last `size` tokens of B sequences, in fixed slots: column i is in
     slot i % size, so a new token overwrites the oldest. Sequences of unequal length are
-    left-padded: the first pad[b] columns of sequence b are empty.
+    left-padded: the first pad[b] columns of sequence b are empty. With token_shift, also what the
+    blocks need of the last column.
 
     Attention reads the first `span` slots: the filled ones, or, if static, 256, 512, 1024, ...
     with empty ones masked, so that all steps of a span can be one compiled or recorded function.
@@ -22,7 +23,7 @@ class KVCache:
 
     def __init__(self, config, size, pad, static=False):
         self.config, self.size, self.static = config, size, static
-        self.k = self.v = self.step = None  # step: the Step of stream()'s last call
+        self.tensors, self.step = {}, None  # step: the Step of stream()'s last call
         self.pad = pad.clone()
         self.end = torch.zeros(1, dtype=torch.int64, device=pad.device)  # `length` as a tensor
         self.restart(pad)
@@ -47,6 +48,7 @@ class KVCache:
         """
         at = self.end + torch.arange(T, device=self.end.device)
         self.slots = at % self.size
+        self.is_first = (at <= self.pad[:, None])[:, None, :, None]  # (B, 1, T, 1)
         self.end += T
         if T == 1 and not self.always_masked:
             return at, None
@@ -62,26 +64,36 @@ class KVCache:
 
     def update(self, layer, k, v):
         """Add k, v (B, n_kv_head, T, hs) of a layer; returns all, (B, n_kv_head, span, hs) each."""
-        if self.k is None:
-            self.allocate(k)
-        self.k[layer].index_copy_(2, self.slots, k)
-        self.v[layer].index_copy_(2, self.slots, v)
-        return self.k[layer][:, :, : self.span], self.v[layer][:, :, : self.span]
+        all_k, all_v = self.held(layer, 'k', k), self.held(layer, 'v', v)
+        all_k.index_copy_(2, self.slots, k)
+        all_v.index_copy_(2, self.slots, v)
+        return all_k[:, :, : self.span], all_v[:, :, : self.span]
 
-    def allocate(self, k):
-        """Allocate the memory, for keys and values like k (B, n_kv_head, T, hs)."""
-        shape = len(self.pad), k.size(1), self.size, k.size(3)
-        self.k = [k.new_zeros(shape) for _ in range(self.config.n_layer)]
-        self.v = [k.new_zeros(shape) for _ in range(self.config.n_layer)]
+    def shift(self, layer, reader, x):
+        """
+        x (B, 1, T, D) one column to the right, after the last column of the previous call. A text
+        begins with zeros. reader: 'attn' or 'mlp'
+        """
+        last = self.held(layer, reader, x)
+        shifted = torch.cat((last, x[:, :, :-1]), dim=2).masked_fill(self.is_first, 0.0)
+        last.copy_(x[:, :, -1:])
+        return shifted
+
+    def held(self, layer, name, like):
+        """The tensor of this name: 'k' and 'v' (B, H, size, D), others (B, H, 1, D)."""
+        if (layer, name) not in self.tensors:
+            columns = self.size if name in ('k', 'v') else 1
+            shape = len(self.pad), like.size(1), columns, like.size(3)
+            self.tensors[layer, name] = like.new_zeros(shape)
+        return self.tensors[layer, name]
 
     def load(self, other, n):
         """Replace the contents by those of another cache, each sequence n times."""
         self.restart(other.pad.repeat_interleave(n))
         self.reserve(other.length)
         self.end.fill_(other.length)
-        if self.k is None:
-            self.allocate(other.k[0])
-        for mine, theirs in zip(self.k + self.v, other.k + other.v):
+        for (layer, name), theirs in other.tensors.items():
+            mine = self.held(layer, name, theirs)
             mine[:, :, : other.length] = theirs.repeat_interleave(n, dim=0)
 
 

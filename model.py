@@ -7,7 +7,6 @@ support/cpu.py computes the same as some lines here, faster when training on a C
 
 import math
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn as nn
@@ -35,6 +34,7 @@ class GPTConfig:
     embed_norm: bool = False  # a norm right after the embedding
     logit_cap: float = 0.0  # bound logits to logit_cap * tanh(logits / logit_cap), 0.0: no bound
     n_kv_head: int | None = None  # heads of keys and values (Ainslie et al. 2023), None: n_head
+    token_shift: bool = False  # a block reads half of the token before (Peng et al. 2023)
     init: str = 'gpt2'  # or 'zero_proj': residual projections and an untied head start at zero
     lora_rank: int = 0  # train only corrections of this rank (Hu et al. 2021), 0: all weights
 
@@ -106,8 +106,9 @@ def alibi(distance, n_head):
 
 
 class CausalSelfAttention(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, layer):
         super().__init__()
+        self.layer = layer
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head or config.n_head
         self.qk_norm, self.dropout = config.qk_norm, config.dropout
         # queries, keys and values of all heads in one matrix
@@ -115,7 +116,7 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = Linear(config.n_embd, qkv, config.bias, config.lora_rank)
         self.c_proj = Linear(config.n_embd, config.n_embd, config.bias, config.lora_rank)
 
-    def forward(self, x, table=None, attn_bias=None, update_cache=None):
+    def forward(self, x, table=None, attn_bias=None, cache=None):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, -1, C // self.n_head).transpose(1, 2)
         qk, v = qkv.split((self.n_head + self.n_kv_head, self.n_kv_head), dim=1)
@@ -124,16 +125,16 @@ class CausalSelfAttention(nn.Module):
         if self.qk_norm:
             qk = rms_norm(qk).type_as(v)  # CUDA's autocast norms in float32
         q, k = qk.split((self.n_head, self.n_kv_head), dim=1)  # (B, nh or n_kv_head, T, hs)
-        if update_cache is not None:
-            k, v = update_cache(k, v)  # with those of earlier tokens (B, n_kv_head, S, hs)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)  # with earlier ones (B, n_kv_head, S, hs)
         if self.n_kv_head < self.n_head:
             k, v = (z.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for z in (k, v))
         p = self.dropout if self.training else 0.0
-        if update_cache is None and cpu.explicit_attention_is_faster(q, p):
+        if cache is None and cpu.explicit_attention_is_faster(q, p):
             y = cpu.attention(q, k, v, attn_bias, p)
         else:
             # a bias includes the mask; a single new token sees everything in the cache
-            is_causal = attn_bias is None and update_cache is None
+            is_causal = attn_bias is None and cache is None
             y = F.scaled_dot_product_attention(q, k, v, attn_bias, p, is_causal)  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)  # concatenate the heads
         return cpu.dropout(self.c_proj(y), self.dropout, self.training)
@@ -163,17 +164,29 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, layer):
         super().__init__()
+        self.layer, self.token_shift = layer, config.token_shift
         self.ln_1 = make_norm(config)
-        self.attn = CausalSelfAttention(config)
+        self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, table=None, attn_bias=None, update_cache=None):
-        x = x + self.attn(self.ln_1(x), table, attn_bias, update_cache)
-        x = x + self.mlp(self.ln_2(x))
+    def forward(self, x, table=None, attn_bias=None, cache=None):
+        x = x + self.attn(self.shift(self.ln_1(x), 'attn', cache), table, attn_bias, cache)
+        x = x + self.mlp(self.shift(self.ln_2(x), 'mlp', cache))
         return x
+
+    def shift(self, x, reader, cache):
+        """With token_shift: x (B, T, C), its first half taken from the token before."""
+        if not self.token_shift:
+            return x
+        first, second = x.chunk(2, dim=-1)
+        if cache is None:
+            first = F.pad(first, (0, 0, 1, -1))  # zeros, then all but the last
+        else:
+            first = cache.shift(self.layer, reader, first[:, None])[:, 0]
+        return torch.cat((first, second), dim=-1)
 
 
 class GPT(nn.Module):
@@ -186,7 +199,7 @@ class GPT(nn.Module):
         self.transformer.wte = nn.Embedding(config.vocab_size, config.n_embd)
         if config.pos == 'learned':
             self.transformer.wpe = nn.Embedding(config.block_size, config.n_embd)
-        self.transformer.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
+        self.transformer.h = nn.ModuleList([Block(config, i) for i in range(config.n_layer)])
         self.transformer.ln_f = make_norm(config)
         if config.embed_norm:
             self.transformer.ln_e = make_norm(config)
@@ -245,12 +258,11 @@ class GPT(nn.Module):
         if cfg.embed_norm:
             x = self.transformer.ln_e(x)
         x = cpu.dropout(x, cfg.dropout, self.training)
-        for i, block in enumerate(self.transformer.h):
-            update_cache = partial(cache.update, i) if cache is not None else None
+        for block in self.transformer.h:
             if self.gradient_checkpointing and self.training:
                 x = recompute(block, x, table, attn_bias, preserve_rng_state=cfg.dropout > 0)
             else:
-                x = block(x, table, attn_bias, update_cache)
+                x = block(x, table, attn_bias, cache)
         x = self.transformer.ln_f(x)
         if targets is None:
             return self.head(x[:, -1:]), None

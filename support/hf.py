@@ -24,6 +24,7 @@ GPT2_SETTINGS = dict(  # bias is free: GPT2LMHeadModel has biases, and gets zero
     embed_norm=False,
     logit_cap=0.0,
     n_kv_head=None,
+    token_shift=False,
 )
 NANOCHAT_SETTINGS = dict(
     pos='rotary',
@@ -32,6 +33,7 @@ NANOCHAT_SETTINGS = dict(
     qk_norm=True,
     tie_embeddings=False,
     embed_norm=True,
+    token_shift=False,
     bias=False,
 )
 

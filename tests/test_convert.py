@@ -157,6 +157,8 @@ def test_ctranslate2_writes_the_same_greedy_text(kind, request, tmp_path):
         ({**MODERN, 'activation': 'swiglu'}, "activation='swiglu'"),
         ({**MODERN, 'bias': True}, 'NanoChatForCausalLM does not support bias=True'),
         (dict(logit_cap=5.0), 'logit_cap=5.0'),
+        (dict(token_shift=True), 'GPT2LMHeadModel does not support token_shift=True'),
+        ({**MODERN, 'token_shift': True}, 'NanoChatForCausalLM does not support token_shift=True'),
     ],
 )
 def test_an_unsupported_network_is_refused_by_its_settings(knobs, named, tmp_path):

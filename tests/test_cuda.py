@@ -90,7 +90,7 @@ def assert_close(project, a, b, bound=BOUND):
         ['--grad_clip=0.05'],
         ['--gradient_accumulation_steps=4', '--batch_size_warmup_iters=8'],
         ['--gradient_checkpointing=True', '--loss_chunk=20'],
-        ['--pos=alibi', '--activation=swiglu', '--n_kv_head=1'],
+        ['--pos=alibi', '--activation=swiglu', '--n_kv_head=1', '--token_shift=True'],
         ['--mask_before_token=,'],
     ],
     ids=' '.join,
@@ -263,7 +263,7 @@ def texts(model, prompts, n, **options):
     return torch.stack(list(stream(model, prompts, n, **options)), dim=1).tolist()
 
 
-NETWORKS = [dict(), dict(pos='alibi', n_kv_head=2), MODERN]
+NETWORKS = [dict(), dict(pos='alibi', n_kv_head=2, token_shift=True), MODERN]
 
 
 @pytest.mark.parametrize('options', OPTIONS, ids=str)

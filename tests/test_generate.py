@@ -16,7 +16,9 @@ KNOBS = [
     dict(n_kv_head=2),
     dict(n_kv_head=1, pos='rotary', qk_norm=True),
     dict(tie_embeddings=False, pos='alibi', n_kv_head=2),
+    dict(token_shift=True),
     dict(
+        token_shift=True,
         pos='rotary',
         norm='rmsnorm',
         activation='relu2',

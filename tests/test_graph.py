@@ -112,7 +112,7 @@ def weights(folder):
         ['--grad_clip=0.01'],
         ['--gradient_accumulation_steps=4', '--batch_size_warmup_iters=8'],
         ['--gradient_checkpointing=True', '--loss_chunk=20'],
-        ['--pos=alibi', '--activation=swiglu', '--n_kv_head=1'],
+        ['--pos=alibi', '--activation=swiglu', '--n_kv_head=1', '--token_shift=True'],
         ['--mask_before_token=,', '--dropout=0.1'],
         [*MUON, '--dtype=bfloat16'],
     ],

@@ -396,6 +396,7 @@ def test_alibi_is_a_penalty_by_distance_with_a_slope_per_head():
         dict(embed_norm=True),
         dict(logit_cap=5.0),
         dict(n_kv_head=2),
+        dict(token_shift=True),
         dict(dropout=0.1, pos='alibi'),
         MODERN,
     ],
@@ -414,6 +415,23 @@ def test_every_knob_trains_is_causal_and_does_something(knobs):
     model.train()
     model(idx, idx)[1].backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_token_shift_reads_half_of_the_previous_token():
+    block = scrambled(token_shift=True)[0].transformer.h[0]
+    x = torch.randn(2, 5, 32)
+    want = x.clone()
+    want[:, 0, :16] = 0.0
+    want[:, 1:, :16] = x[:, :-1, :16]
+    assert torch.equal(block.shift(x, 'mlp', cache=None), want)
+    read = []
+    for part in (block.attn, block.mlp):
+        part.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+    block(x)
+    assert torch.equal(read[0][:, 1:, :16], block.ln_1(x)[:, :-1, :16])
+    assert torch.equal(read[0][:, :, 16:], block.ln_1(x)[:, :, 16:])
+    after = x + block.attn(read[0])
+    assert torch.equal(read[1], block.shift(block.ln_2(after), 'mlp', cache=None))
 
 
 @pytest.mark.parametrize('pos', ['rotary', 'alibi', 'none'])
