@@ -10,10 +10,10 @@ NGPUS ?=
 # The overlays of a recipe without a GPU, and with one. Loaded weights have sizes of their own.
 LINES = calculator reverser wordcalc
 ifneq ($(filter $(LINES:%=train_%.py),$(notdir $(CONFIG))),)
-OVERLAY ?= config/cpu_lines.py config/modern.py
-GPU_OVERLAY ?= config/modern.py
+OVERLAY ?= config/cpu_lines.py config/modern.py config/beyond.py
+GPU_OVERLAY ?= config/modern.py config/beyond.py
 else ifeq ($(notdir $(CONFIG)),train_shakespeare_char.py)
-OVERLAY ?= config/cpu.py config/modern.py
+OVERLAY ?= config/cpu.py config/modern.py config/beyond.py
 GPU_OVERLAY ?= config/modern.py config/short.py
 else ifeq ($(filter finetune_% eval_%,$(notdir $(CONFIG))),)
 OVERLAY ?= config/cpu.py

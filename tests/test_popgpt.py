@@ -303,14 +303,10 @@ def make(tmp_path):
 
 
 RULES = [
-    ('calculator', ['config/cpu_lines.py', 'config/modern.py'], ['config/modern.py']),
-    ('wordcalc', ['config/cpu_lines.py', 'config/modern.py'], ['config/modern.py']),
-    (
-        'shakespeare_char',
-        ['config/cpu.py', 'config/modern.py'],
-        ['config/modern.py', 'config/short.py'],
-    ),
-    ('gpt2', ['config/cpu.py'], []),
+    ('calculator', ['cpu_lines', 'modern', 'beyond'], ['modern', 'beyond']),
+    ('wordcalc', ['cpu_lines', 'modern', 'beyond'], ['modern', 'beyond']),
+    ('shakespeare_char', ['cpu', 'modern', 'beyond'], ['modern', 'short']),
+    ('gpt2', ['cpu'], []),
 ]
 
 
@@ -318,7 +314,7 @@ RULES = [
 def test_make_takes_the_same_overlays_by_name_and_by_config(make, name, without, with_gpu):
     recipe = f'config/train_{name}.py'
     for gpus, overlays in ((0, without), (1, with_gpu)):
-        line = ' '.join(['python train.py', recipe, *overlays])
+        line = ' '.join(['python train.py', recipe, *(f'config/{name}.py' for name in overlays)])
         assert make(gpus, f'train-{name}') == make(gpus, 'train', f'CONFIG={recipe}') == [line]
 
 
@@ -336,5 +332,5 @@ def test_make_launches_two_processes_without_a_gpu(make):
     (line,) = make(0, 'train', 'CONFIG=config/train_calculator.py', 'NGPUS=2')
     assert line == (
         'torchrun --standalone --nproc_per_node=2 train.py config/train_calculator.py '
-        'config/cpu_lines.py config/modern.py'
+        'config/cpu_lines.py config/modern.py config/beyond.py'
     )
