@@ -19,12 +19,13 @@ def letters(words):
     return rows.view(np.uint8).reshape(len(words), -1)
 
 
-def write_lines(folder, make, num_examples, seed, mark='=', val_share=0.05):
+def write_lines(folder, make, num_examples, seed, mark='=', val_share=0.05, keep_in_train=None):
     """
     Write num_examples lines of question, mark and answer: input.txt (first the lines of train),
     train.bin, val.bin and meta.pkl. The same arguments give the same files.
 
     make: function(rng, n) -> (questions, answers), at most n rows of ASCII bytes (uint8), 0 is none
+    keep_in_train: function(rng, questions) -> bool (n,): the others are only for val; None: all
     """
     if seed < 0:
         raise UserError(f'seed={seed} must not be negative')
@@ -37,7 +38,7 @@ def write_lines(folder, make, num_examples, seed, mark='=', val_share=0.05):
     paths = {split: os.path.join(folder, f'{split}.txt.partial') for split in SPLITS}
     try:
         with open(paths['train'], 'wb') as train, open(paths['val'], 'wb') as val:
-            for rows, held_out in draw(make, num_examples, seed, mark, val_share):
+            for rows, held_out in draw(make, num_examples, seed, mark, val_share, keep_in_train):
                 train.write(text_of(rows[~held_out]))
                 val.write(text_of(rows[held_out]))
         texts = {split: np.fromfile(path, dtype=np.uint8) for split, path in paths.items()}
@@ -55,7 +56,7 @@ def write_lines(folder, make, num_examples, seed, mark='=', val_share=0.05):
     write_whole(os.path.join(folder, 'input.txt'), write_texts)
 
 
-def draw(make, num_examples, seed, mark, val_share):
+def draw(make, num_examples, seed, mark, val_share, keep_in_train):
     """
     Yield num_examples lines in batches: rows of bytes (n, W), and which of them are val (n,).
 
@@ -72,10 +73,14 @@ def draw(make, num_examples, seed, mark, val_share):
             newlines = np.full((len(questions), 1), ord('\n'), dtype=np.uint8)
             rows = np.hstack([questions, marks, answers, newlines])
             lengths = (rows > 0).sum(axis=1) - 1  # without the newline
-            keep = np.flatnonzero(lengths <= LONGEST)[:left]
-            asked = text_of(np.hstack([questions, newlines])[keep]).splitlines()
+            asked = text_of(np.hstack([questions, newlines])).splitlines()
             checksums = np.array([zlib.crc32(question) for question in asked])
-            yield rows[keep], checksums < val_share * 2**32
+            held_out = checksums < val_share * 2**32
+            usable = lengths <= LONGEST
+            if keep_in_train is not None:
+                usable &= held_out | keep_in_train(rng, questions)
+            keep = np.flatnonzero(usable)[:left]
+            yield rows[keep], held_out[keep]
             left -= len(keep)
             bar.update(len(keep))
 
