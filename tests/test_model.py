@@ -286,7 +286,7 @@ def test_sizes_that_fit_no_model_are_refused(changes, message):
 @pytest.mark.parametrize(
     'module, needs',
     [
-        (model_module, {'math', 'dataclasses', 'functools', 'torch', 'support'}),
+        (model_module, {'math', 'dataclasses', 'torch', 'support'}),
         (cpu, {'math', 'numpy', 'torch'}),
     ],
 )

@@ -304,7 +304,7 @@ def make(tmp_path):
 
 RULES = [
     ('calculator', ['cpu_lines', 'modern', 'beyond'], ['modern', 'beyond']),
-    ('wordcalc', ['cpu_lines', 'modern', 'beyond'], ['modern', 'beyond']),
+    ('wordcalc', ['cpu_lines', 'modern'], ['modern']),
     ('shakespeare_char', ['cpu', 'modern', 'beyond'], ['modern', 'short']),
     ('gpt2', ['cpu'], []),
 ]
