@@ -48,7 +48,8 @@ class KVCache:
         """
         at = self.end + torch.arange(T, device=self.end.device)
         self.slots = at % self.size
-        self.is_first = (at <= self.pad[:, None])[:, None, :, None]  # (B, 1, T, 1)
+        if self.config.token_shift:
+            self.is_first = (at <= self.pad[:, None])[:, None, :, None]  # (B, 1, T, 1)
         self.end += T
         if T == 1 and not self.always_masked:
             return at, None

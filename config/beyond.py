@@ -2,7 +2,7 @@
 # does not have. So convert.py cannot export it.
 #   launch     python train.py config/train_shakespeare_char.py config/cpu.py config/modern.py \
 #                  config/beyond.py
-#   expected   val loss about 1.48 after 1.5 to 2 minutes
+#   expected   val loss about 1.48 after one to two minutes
 
 token_shift = True
 activation = 'swiglu'

@@ -1,7 +1,7 @@
 # An overlay that makes any recipe small enough for two CPU cores to train it in minutes.
 #   launch     python train.py config/train_shakespeare_char.py config/cpu.py config/modern.py \
 #                  config/beyond.py
-#   expected   val loss about 1.48 after 1.5 to 2 minutes; 1.51 without config/beyond.py; without
+#   expected   val loss about 1.48 after one to two minutes; 1.51 without config/beyond.py; without
 #              config/modern.py too it takes longer and the loss is higher
 # It changes how to train, not what: dataset, out_dir and the rest stay those of the recipe.
 

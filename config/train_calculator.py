@@ -1,5 +1,5 @@
 # Train a GPT that computes: 2+4-8*10=-74.
-#   hardware   one GPU; two CPU cores with config/cpu_lines.py before modern.py, eleven minutes
+#   hardware   one GPU; two CPU cores with config/cpu_lines.py before modern.py, six minutes
 #   launch     python train.py config/train_calculator.py config/modern.py config/beyond.py
 #   before     python data/calculator/prepare.py
 #   after      python eval.py --out_dir=out-calculator; python sample.py config/sample_calculator.py
