@@ -6,3 +6,4 @@
 
 token_shift = True
 activation = 'swiglu'
+weight_decay = 0.1  # of Muon's matrices: this network learns its text by heart sooner
