@@ -54,7 +54,8 @@ class KVCache:
         if T == 1 and not self.always_masked:
             return at, None
         last = self.end - 1
-        held = last - (last - torch.arange(self.span, device=at.device)) % self.size  # by the slots
+        # the column in each slot (span,)
+        held = last - (last - torch.arange(self.span, device=at.device)) % self.size
         distance = at[:, None] - held  # (T, span)
         # an empty column sees itself: a row of -inf alone would give nan
         seen = (distance >= 0) & (held >= self.pad[:, None, None]) | (distance == 0)  # (B, T, span)
@@ -65,7 +66,7 @@ class KVCache:
 
     def update(self, layer, k, v):
         """Add k, v (B, n_kv_head, T, hs) of a layer; returns all, (B, n_kv_head, span, hs) each."""
-        all_k, all_v = self.held(layer, 'k', k), self.held(layer, 'v', v)
+        all_k, all_v = self.tensor(layer, 'k', k), self.tensor(layer, 'v', v)
         all_k.index_copy_(2, self.slots, k)
         all_v.index_copy_(2, self.slots, v)
         return all_k[:, :, : self.span], all_v[:, :, : self.span]
@@ -75,12 +76,12 @@ class KVCache:
         x (B, 1, T, D) one column to the right, after the last column of the previous call. A text
         begins with zeros. reader: 'attn' or 'mlp'
         """
-        last = self.held(layer, reader, x)
+        last = self.tensor(layer, reader, x)
         shifted = torch.cat((last, x[:, :, :-1]), dim=2).masked_fill(self.is_first, 0.0)
         last.copy_(x[:, :, -1:])
         return shifted
 
-    def held(self, layer, name, like):
+    def tensor(self, layer, name, like):
         """The tensor of this name: 'k' and 'v' (B, H, size, D), others (B, H, 1, D)."""
         if (layer, name) not in self.tensors:
             columns = self.size if name in ('k', 'v') else 1
@@ -94,7 +95,7 @@ class KVCache:
         self.reserve(other.length)
         self.end.fill_(other.length)
         for (layer, name), theirs in other.tensors.items():
-            mine = self.held(layer, name, theirs)
+            mine = self.tensor(layer, name, theirs)
             mine[:, :, : other.length] = theirs.repeat_interleave(n, dim=0)
 
 
@@ -239,7 +240,8 @@ def stream(
     else:
         logits = read(model, ids, cache, vocab_size)
 
-    step, run = cache.step, model if compiled is None else compiled
+    step = cache.step
+    run = model if compiled is None else compiled
     if step is None or step.options != options or step.new.size(1) != max_new_tokens:
         step = Step(model, run, cache, max_new_tokens, vocab_size, cuda_graph, options)
         cache.step = step

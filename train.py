@@ -165,8 +165,9 @@ del loaded  # frees memory
 # compile and wrap; raw_model has the parameter names of checkpoints
 raw_model = model
 if compile:
-    print0('compiling the model, this takes a minute ...')
-    model = model if fsdp else torch.compile(model, dynamic=False)
+    print0('compiling the model, this takes about half a minute ...')
+if compile and not fsdp:  # shard() has compiled the blocks
+    model = torch.compile(model, dynamic=False)
 if ddp and not fsdp:
     device_ids = [torch.device(device).index] if 'cuda' in device else None
     model = DDP(model, device_ids=device_ids, gradient_as_bucket_view=True)
@@ -290,6 +291,7 @@ while True:
     if (save_due or stopping) and iter_num > start_iter and not guard.bad:
         save()
         save_due = False
+    # a bad step is not saved: go on to a good one, or until max_bad_steps end the run
     if stopping and (not guard.bad or not max_bad_steps):
         ended, next_command = 'stopped: ', 'the same command with --init_from=resume'
         break
@@ -297,7 +299,7 @@ while True:
     # all ranks: update the weights
     step()
 
-    # log; .item() waits for the device, so it is called only here
+    # all ranks: sum the loss; the master logs. Reading it waits for the device, so not always
     logged = iter_num % log_interval == 0
     if logged:
         loss = distributed.all_reduce(loss_sum).item() / world_size

@@ -12,15 +12,14 @@ wandb_run_name = 'calculator-finetuned'
 
 dataset = 'calculator'
 mask_before_token = '='  # only the answers are learned
-mask_per_line = True
 align_to_lines = True
-# one micro-batch per process
-gradient_accumulation_steps = int(os.environ.get('WORLD_SIZE', 1))
-batch_size = 24
+_processes = int(os.environ.get('WORLD_SIZE', 1))  # they share the 24 sequences
+gradient_accumulation_steps = _processes
+batch_size = max(1, 24 // _processes)
 block_size = 64  # 24 * 64 = 1536 tokens per iteration; the weights set the network's sizes
 
 optimizer = 'muon'
-matrix_lr = 0.005  # a quarter of its default, like the two below
+matrix_lr = 0.005  # about a quarter of its default, like the two below
 embed_lr = 0.1
 head_lr = 0.002
 learning_rate = 5e-4
@@ -32,6 +31,6 @@ max_iters = 2000
 lr_decay_iters = max_iters
 min_lr = 0.0
 eval_interval = 500
-eval_iters = 20
+eval_iters = 20 * _processes
 log_interval = 10
 dtype = 'fast'

@@ -9,7 +9,6 @@ import os
 out_dir = 'out-shakespeare'
 eval_interval = 20
 eval_iters = 40
-log_interval = 1
 always_save_checkpoint = False  # keep the best: the model overfits soon
 wandb_project = 'shakespeare'
 wandb_run_name = 'ft-gpt2-xl'

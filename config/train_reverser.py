@@ -12,7 +12,6 @@ wandb_run_name = 'reverser'
 
 dataset = 'reverser'
 mask_before_token = '='  # only the answers are learned
-mask_per_line = True
 align_to_lines = True
 _processes = int(os.environ.get('WORLD_SIZE', 1))  # they share the 128 sequences
 gradient_accumulation_steps = _processes

@@ -1,5 +1,5 @@
 # Train a GPT that turns words into digits: twenty three plus four times seven=23+4*7.
-#   hardware   one GPU; two CPU cores with config/cpu_lines.py before modern.py, three minutes
+#   hardware   one GPU; two CPU cores with config/cpu_lines.py before modern.py, two minutes
 #   launch     python train.py config/train_wordcalc.py config/modern.py
 #   before     python data/wordcalc/prepare.py
 #   after      python eval.py --out_dir=out-wordcalc; python sample.py config/sample_wordcalc.py
@@ -12,7 +12,6 @@ wandb_run_name = 'wordcalc'
 
 dataset = 'wordcalc'
 mask_before_token = '='  # only the answers are learned
-mask_per_line = True
 align_to_lines = True
 _processes = int(os.environ.get('WORLD_SIZE', 1))  # they share the 128 sequences
 gradient_accumulation_steps = _processes

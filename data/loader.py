@@ -254,7 +254,8 @@ class Loader:
         """
         Yield this rank's share (X, Y) of the fixed windows that a split is evaluated on: all of
         them, side by side, if they fit in max_batches * batch_size, otherwise that number, evenly
-        spaced. All ranks get equally many batches of the same shape; padding has targets of -1.
+        spaced. With align_to_lines they start at evenly spaced lines instead. All ranks get equally
+        many batches of the same shape; padding has targets of -1.
         """
         total = (len(self.tokens) - 1) // self.block_size
         count = min(total, max_batches * self.batch_size)

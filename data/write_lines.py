@@ -11,6 +11,7 @@ from support.errors import UserError
 from support.files import write_whole
 
 DRAWN = 50_000  # lines made at a time
+VAL_SHARE = 0.05  # of the questions
 
 
 def letters(words):
@@ -19,9 +20,9 @@ def letters(words):
     return rows.view(np.uint8).reshape(len(words), -1)
 
 
-def write_lines(folder, make, num_examples, seed, mark='=', val_share=0.05, keep_in_train=None):
+def write_lines(folder, make, num_examples, seed, keep_in_train=None):
     """
-    Write num_examples lines of question, mark and answer: input.txt (first the lines of train),
+    Write num_examples lines of question, = and answer: input.txt (first the lines of train),
     train.bin, val.bin and meta.pkl. The same arguments give the same files.
 
     make: function(rng, n) -> (questions, answers), at most n rows of ASCII bytes (uint8), 0 is none
@@ -38,7 +39,7 @@ def write_lines(folder, make, num_examples, seed, mark='=', val_share=0.05, keep
     paths = {split: os.path.join(folder, f'{split}.txt.partial') for split in SPLITS}
     try:
         with open(paths['train'], 'wb') as train, open(paths['val'], 'wb') as val:
-            for rows, held_out in draw(make, num_examples, seed, mark, val_share, keep_in_train):
+            for rows, held_out in draw(make, num_examples, seed, keep_in_train):
                 train.write(text_of(rows[~held_out]))
                 val.write(text_of(rows[held_out]))
         texts = {split: np.fromfile(path, dtype=np.uint8) for split, path in paths.items()}
@@ -56,7 +57,7 @@ def write_lines(folder, make, num_examples, seed, mark='=', val_share=0.05, keep
     write_whole(os.path.join(folder, 'input.txt'), write_texts)
 
 
-def draw(make, num_examples, seed, mark, val_share, keep_in_train):
+def draw(make, num_examples, seed, keep_in_train):
     """
     Yield num_examples lines in batches: rows of bytes (n, W), and which of them are val (n,).
 
@@ -69,13 +70,13 @@ def draw(make, num_examples, seed, mark, val_share, keep_in_train):
     with tqdm(total=left, unit='line', unit_scale=True, desc='writing', disable=None) as bar:
         while left:
             questions, answers = make(rng, DRAWN)
-            marks = np.full((len(questions), 1), ord(mark), dtype=np.uint8)
+            marks = np.full((len(questions), 1), ord('='), dtype=np.uint8)
             newlines = np.full((len(questions), 1), ord('\n'), dtype=np.uint8)
             rows = np.hstack([questions, marks, answers, newlines])
             lengths = (rows > 0).sum(axis=1) - 1  # without the newline
             asked = text_of(np.hstack([questions, newlines])).splitlines()
             checksums = np.array([zlib.crc32(question) for question in asked])
-            held_out = checksums < val_share * 2**32
+            held_out = checksums < VAL_SHARE * 2**32
             usable = lengths <= LONGEST
             if keep_in_train is not None:
                 usable &= held_out | keep_in_train(rng, questions)

@@ -1,7 +1,7 @@
 """
-What a CPU computes slowly with torch's own functions: dropout masks, attention with dropout, the
-backward of some functions, and products with few rows in generation. On other devices, and under
-torch.compile, model.py uses torch's own.
+What a CPU computes slowly with torch's own functions: dropout masks, attention with dropout or in
+bfloat16, the backward of some functions, and products with few rows in generation. On other devices
+model.py uses torch's own functions; so it does under torch.compile, except for attention.
 """
 
 import math

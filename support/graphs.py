@@ -80,11 +80,10 @@ class Recorder:
             with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode='thread_local'):
                 outputs = function(*inputs)
         except RuntimeError:
+            # otherwise the generator may believe it is still being recorded (torch 2.11)
             generator = torch.cuda.default_generators[current.device_index]
-            if hasattr(generator, 'graphsafe_set_state'):
-                # else the generator may believe it is still being recorded (torch 2.11)
-                state = torch.Generator(generator.device).graphsafe_get_state()
-                generator.graphsafe_set_state(state)
+            state = torch.Generator(generator.device).graphsafe_get_state()
+            generator.graphsafe_set_state(state)
             raise
         finally:
             torch.cuda.set_stream(current)

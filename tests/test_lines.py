@@ -242,10 +242,7 @@ def test_the_calculator_asks_what_it_says():
     assert kinds_of('-1.5--2.25*3') == want
 
 
-def test_answers_may_be_reversed_and_operators_chosen(monkeypatch):
-    plain = some_lines('calculator', 500)
-    monkeypatch.setattr(prepare('calculator'), 'reverse_answer', True)
-    assert some_lines('calculator', 500) == [(question, answer[::-1]) for question, answer in plain]
+def test_operators_may_be_chosen(monkeypatch):
     monkeypatch.setattr(prepare('calculator'), 'operators', '+')
     for question, _ in some_lines('calculator', 500):
         assert dict(prepare('calculator').kinds(question))['operators'] in ('+', '+ +')

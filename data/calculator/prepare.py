@@ -20,9 +20,8 @@ seed = 1337  # the same seed gives the same files
 max_operations = 2  # operations in an expression at most, 1 or 2
 max_digits = 3  # digits before the point at most, 1 to 6
 max_places = 4  # digits after it at most, 0 to 4; three in five numbers are integers
-operators = '++--*/'  # drawn from these; sums twice as often, which small models can learn
+operators = '++--*/'  # each equally often, so + and - are twice as frequent as * and /
 train_products = 0.25  # share of the lines with * or / that train keeps; val keeps all
-reverse_answer = False  # True: answers from the last digit to the first, as computed on paper
 if __name__ == '__main__':
     config, _ = configure(globals())
 
@@ -36,8 +35,8 @@ ONE = 10**4  # numbers are integers in units of the fourth decimal place
 
 def numbers(rng, n):
     """
-    n numbers. They have 1 to max_digits digits before the point, as many of each; half have 0 to
-    max_places decimals, the others none; one in eight is negative.
+    n numbers. The part before the point is drawn below 10, 100, ... 10**max_digits, each bound
+    equally often. Half have 0 to max_places decimals, the others none; one in eight is negative.
     """
     whole = rng.integers(10 ** rng.integers(1, max_digits + 1, n))
     places = np.where(rng.random(n) < 0.5, 0, rng.integers(0, max_places + 1, n))
@@ -99,8 +98,7 @@ def make(rng, n):
     first, second = (rng.choice(list(operators), n) for _ in range(2))
     second = np.where(rng.integers(1, max_operations + 1, n) == 2, second, '')
     top, bottom = evaluate(a, first, b, second, c)
-    divides_by_zero = ((first == '/') & (b == 0)) | ((second == '/') & (c == 0))
-    keep = ~divides_by_zero & (bottom != 0)
+    keep = bottom != 0  # no division by zero
     bottom[~keep] = 1
     keep &= abs(top) <= 10**10 * abs(bottom)
     values = rounded(np.where(keep, top, 0), bottom)
@@ -108,10 +106,7 @@ def make(rng, n):
     last = written(c, 6)
     last[second == ''] = 0
     questions = np.hstack([written(a, 6), signs[0], written(b, 6), signs[1], last])
-    answers = written(values)
-    if reverse_answer:
-        answers = answers[:, ::-1]
-    return questions[keep], answers[keep]
+    return questions[keep], written(values)[keep]
 
 
 def keep_in_train(rng, questions):
