@@ -219,15 +219,15 @@ def answered_right(questions):
     token of the answer is the most likely after the right ones, so one forward pass is enough.
     """
     ids = torch.zeros(len(questions), max(len(q) + len(a) for q, a in questions), dtype=torch.int64)
-    in_answer = torch.zeros_like(ids, dtype=torch.bool)
-    for row, (q, a) in enumerate(questions):
-        ids[row, : len(q) + len(a)] = torch.tensor(q + a)
-        in_answer[row, len(q) : len(q) + len(a)] = True
-    X, Y = ids[:, :-1].to(device), ids[:, 1:].to(device)
+    targets = torch.full_like(ids, -1)
+    for b, (q, a) in enumerate(questions):
+        ids[b, : len(q) + len(a)] = torch.tensor(q + a)
+        targets[b, len(q) : len(q) + len(a)] = torch.tensor(a)
+    X, Y = ids[:, :-1].to(device), targets[:, 1:].to(device)
     with ctx:
         logits, _ = model(X, Y)
     most_likely = logits[:, :, : tokenizer.vocab_size].argmax(dim=-1)
-    return ((most_likely == Y) | ~in_answer[:, 1:].to(device)).all(dim=1)
+    return ((most_likely == Y) | (Y < 0)).all(dim=1)
 
 
 def print_table(title, texts, right):

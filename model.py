@@ -35,6 +35,7 @@ class GPTConfig:
     logit_cap: float = 0.0  # bound logits to logit_cap * tanh(logits / logit_cap), 0.0: no bound
     n_kv_head: int | None = None  # heads of keys and values (Ainslie et al. 2023), None: n_head
     token_shift: bool = False  # a block reads half of the token before (Peng et al. 2023)
+    prefix_lm: bool = False  # prompts see all of themselves (Raffel et al. 2020), masked data only
     init: str = 'gpt2'  # or 'zero_proj': residual projections and an untied head start at zero
     lora_rank: int = 0  # train only corrections of this rank (Hu et al. 2021), 0: all weights
 
@@ -103,6 +104,20 @@ def alibi(distance, n_head):
     slopes = 2.0 ** (-8.0 * torch.arange(1, n_head + 1, device=distance.device) / n_head)
     bias = -slopes.view(1, -1, 1, 1) * distance  # (1, nh, T, S); torch is slow with 3-d
     return bias.masked_fill(distance < 0, float('-inf'))
+
+
+def prefix_bias(targets):
+    """
+    What a prefix LM adds to the scores (B, 1, T, T), Raffel et al. 2020: 0 or -inf. The tokens of a
+    prompt, which are no targets, see all of it. Examples in a row of targets (B, T) do not see each
+    other.
+    """
+    T = targets.size(1)
+    answer = F.pad((targets >= 0).int(), (1, -1))  # (B, T): 1 for tokens that were targets
+    example = (answer < F.pad(answer, (1, -1))).cumsum(dim=1)  # an answer ends it
+    causal = torch.ones(T, T, dtype=torch.bool, device=targets.device).tril()
+    seen = (causal | (answer == 0)[:, None]) & (example[:, :, None] == example[:, None])
+    return torch.zeros(seen.shape, device=targets.device).masked_fill(~seen, float('-inf'))[:, None]
 
 
 class CausalSelfAttention(nn.Module):
@@ -255,6 +270,9 @@ class GPT(nn.Module):
         elif cfg.pos == 'alibi' and cache is None:
             distance = at[:, None] - at  # (T, T), queries x keys
             attn_bias = alibi(distance, cfg.n_head).to(x.dtype)
+        if cfg.prefix_lm and cache is None:
+            prompts = torch.full_like(idx, -1) if targets is None else targets
+            attn_bias = prefix_bias(prompts).to(x.dtype)
         if cfg.embed_norm:
             x = self.transformer.ln_e(x)
         x = cpu.dropout(x, cfg.dropout, self.training)

@@ -267,7 +267,10 @@ def sample(prompts, samples, cache=None):
 # -----------------------------------------------------------------------------
 # the two ways to sample
 def chat():
-    """Read a line, continue the text, read the next line, ... The cache keeps what was said."""
+    """
+    Read a line, continue the text, read the next line, ... The cache keeps what was said, except
+    with prefix_lm, which sees one question at a time.
+    """
     with contextlib.suppress(ImportError):  # for the arrow keys; a Windows console has its own
         import readline  # noqa: F401
     if sys.stdin.isatty():
@@ -283,6 +286,9 @@ def chat():
         except UnicodeDecodeError as e:
             print(f'that is not UTF-8 text: {e.reason}')
             continue
+        if model.config.prefix_lm:  # a line is an example of its own
+            context = []
+            cache.restart(cache.pad)
         ended = not context or context[-1] == tokenizer.eot
         if newline and not ended and not tokenizer.decode(context).endswith('\n'):
             line = '\n' + line

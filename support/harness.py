@@ -49,16 +49,19 @@ class Harness(TemplateLM):
             longest = len(tokens[order[0]]) - 1
             count = max(1, min(self.batch_size, LOGITS // (longest * self.model.config.vocab_size)))
             batch, order = order[:count], order[count:]
-            ids = torch.zeros(len(batch), longest + 1, dtype=torch.int64)
-            for row, i in zip(ids, batch):
-                row[: len(tokens[i])] = torch.tensor(tokens[i])
-            ids = ids.to(self._device)
-            with self.ctx:
-                logits = self.model(ids[:, :-1], ids[:, 1:])[0]
+            ids = torch.zeros(len(batch), longest, dtype=torch.int64)
+            targets = torch.full_like(ids, -1)
             for b, i in enumerate(batch):
                 last = len(tokens[i]) - 1
                 first = last - min(len(requests[i][2]), last)
-                results[i] = score(logits[b, first:last], ids[b, first + 1 : last + 1])
+                ids[b, :last] = torch.tensor(tokens[i][:-1])
+                targets[b, first:last] = torch.tensor(tokens[i][first + 1 :])
+            ids, targets = ids.to(self._device), targets.to(self._device)
+            with self.ctx:
+                logits = self.model(ids, targets)[0]
+            for b, i in enumerate(batch):
+                counted = targets[b] >= 0
+                results[i] = score(logits[b, counted], targets[b, counted])
             bar.update(len(batch))
         bar.close()
         return results

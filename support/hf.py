@@ -25,6 +25,7 @@ GPT2_SETTINGS = dict(  # bias is free: GPT2LMHeadModel has biases, and gets zero
     logit_cap=0.0,
     n_kv_head=None,
     token_shift=False,
+    prefix_lm=False,
 )
 NANOCHAT_SETTINGS = dict(
     pos='rotary',
@@ -34,6 +35,7 @@ NANOCHAT_SETTINGS = dict(
     tie_embeddings=False,
     embed_norm=True,
     token_shift=False,
+    prefix_lm=False,
     bias=False,
 )
 

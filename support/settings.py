@@ -59,5 +59,7 @@ def check_network(config):
         )
     if n_kv_head and n_head % n_kv_head:
         raise UserError(f'n_head={n_head} must be divisible by n_kv_head={n_kv_head}')
+    if config['prefix_lm'] and config['pos'] == 'alibi':
+        raise UserError("prefix_lm=True does not support pos='alibi'; take --pos=rotary")
     if config['pos'] == 'rotary' and width % 2:
         raise UserError(f"pos='rotary' needs an even n_embd / n_head, not {width:.0f}")

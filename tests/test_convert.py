@@ -158,6 +158,7 @@ def test_ctranslate2_writes_the_same_greedy_text(kind, request, tmp_path):
         ({**MODERN, 'bias': True}, 'NanoChatForCausalLM does not support bias=True'),
         (dict(logit_cap=5.0), 'logit_cap=5.0'),
         (dict(token_shift=True), 'GPT2LMHeadModel does not support token_shift=True'),
+        (dict(prefix_lm=True), 'GPT2LMHeadModel does not support prefix_lm=True'),
         ({**MODERN, 'token_shift': True}, 'NanoChatForCausalLM does not support token_shift=True'),
     ],
 )

@@ -91,7 +91,7 @@ def assert_close(project, a, b, bound=BOUND):
         ['--gradient_accumulation_steps=4', '--batch_size_warmup_iters=8'],
         ['--gradient_checkpointing=True', '--loss_chunk=20'],
         ['--pos=alibi', '--activation=swiglu', '--n_kv_head=1', '--token_shift=True'],
-        ['--mask_before_token=,'],
+        ['--mask_before_token=,', '--prefix_lm=True'],
     ],
     ids=' '.join,
 )

@@ -11,9 +11,10 @@ from support import weights
 PAIRS = 'ab ba cd dc ef fe ab=ba'.split()
 
 
-@pytest.fixture(scope='module')
-def swapped(project):
-    """A run that has half learned to swap two letters."""
+@pytest.fixture(scope='module', params=[(False, 60), (True, 30)])
+def swapped(project, request):
+    """A run that has half learned to swap two letters, without and with prefix_lm."""
+    prefix_lm, iters = request.param
     rng = np.random.default_rng(1)
     letters = np.array(list('abcdefgh'))
     pairs = [''.join(rng.choice(letters, 2)) for _ in range(400)]
@@ -28,10 +29,11 @@ def swapped(project):
         '--align_to_lines=True',
         '--block_size=12',
         '--batch_size=16',
-        '--max_iters=60',
-        '--lr_decay_iters=60',
-        '--eval_interval=60',
+        f'--max_iters={iters}',
+        f'--lr_decay_iters={iters}',
+        f'--eval_interval={iters}',
         '--n_embd=32',
+        f'--prefix_lm={prefix_lm}',
         '--out_dir=out-swaps',
     )
     return project

@@ -103,6 +103,19 @@ def test_greedy_tokens_are_those_without_a_cache(knobs):
     ] == want
 
 
+@pytest.mark.parametrize('knobs', [dict(), dict(pos='rotary', token_shift=True, n_kv_head=2)])
+def test_a_prefix_lm_makes_the_tokens_that_are_likely_after_its_prompt(knobs):
+    """Equal to one pass in which the new tokens are the targets."""
+    model = random_model(prefix_lm=True, **knobs)
+    prompts = [torch.randint(29, (n,)).tolist() for n in (1, 3, 8, 12)]
+    new = torch.stack(list(stream(model, prompts, 4, temperature=0)), dim=1).tolist()
+    for prompt, made in zip(prompts, new):
+        ids = torch.tensor([prompt + made])
+        targets = torch.where(torch.arange(1, ids.size(1)) < len(prompt), -1, ids[:, 1:])
+        logits = model(ids[:, :-1], targets)[0]
+        assert logits[0, len(prompt) - 1 :].argmax(-1).tolist() == made
+
+
 def test_learned_positions_beyond_block_size_equal_nanogpts_window():
     model = random_model()
     prompts = [torch.randint(29, (n,)).tolist() for n in (2, 9, 16, 40)]

@@ -114,6 +114,7 @@ def weights(folder):
         ['--gradient_checkpointing=True', '--loss_chunk=20'],
         ['--pos=alibi', '--activation=swiglu', '--n_kv_head=1', '--token_shift=True'],
         ['--mask_before_token=,', '--dropout=0.1'],
+        ['--mask_before_token=,', '--prefix_lm=True'],
         [*MUON, '--dtype=bfloat16'],
     ],
     ids=' '.join,

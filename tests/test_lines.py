@@ -163,6 +163,9 @@ def test_bad_lines_are_one_line_errors(sums):
     flags = ['--dataset=unbroken', '--align_to_lines=True']
     assert 'has no newline' in sums.error('train.py', *TINY, *flags)
     assert 'no line fits' in sums.error('train.py', *LINES, '--block_size=4')
+    assert 'needs prompts' in sums.error('train.py', *TINY, '--prefix_lm=True')
+    flags = ['--prefix_lm=True', '--pos=alibi']
+    assert "does not support pos='alibi'" in sums.error('train.py', *LINES, *flags)
 
 
 def test_targets_weigh_the_same_in_every_micro_batch(sums):

@@ -434,6 +434,43 @@ def test_token_shift_reads_half_of_the_previous_token():
     assert torch.equal(read[1], block.shift(block.ln_2(after), 'mlp', cache=None))
 
 
+def test_a_prefix_lm_sees_all_of_a_prompt_and_earlier_tokens_of_its_answer():
+    model, idx = scrambled(prefix_lm=True, pos='rotary')
+    targets = F.pad(idx[:, 1:], (0, 1))
+    targets[:, :5] = -1  # tokens 0 to 5 are the prompt
+    logits = model(idx, targets)[0]
+
+    def reached(token):
+        """Positions whose logits depend on this token."""
+        changed = idx.clone()
+        changed[:, token] = (changed[:, token] + 1) % 13
+        difference = (model(changed, targets)[0] - logits).abs().amax(dim=(0, 2))
+        return difference.gt(1e-3).nonzero().flatten().tolist()
+
+    assert reached(0) == reached(5) == list(range(16))
+    assert reached(6) == list(range(6, 16))
+    assert reached(15) == [15]
+    prompt_alone = model(idx[:, :6])[0][:, 0]  # no targets, so all of it is a prompt
+    torch.testing.assert_close(prompt_alone, logits[:, 5], rtol=0, atol=1e-5)
+
+
+def test_examples_in_a_row_of_a_prefix_lm_do_not_see_each_other():
+    model, idx = scrambled(prefix_lm=True, pos='rotary')
+    targets = F.pad(idx[:, 1:], (0, 1))
+    targets[:, :3] = targets[:, 6:10] = -1  # prompt 0-3, answer 4-6, prompt 7-10, answer 11-
+    logits = model(idx, targets)[0]
+    for one in (slice(0, 7), slice(7, None)):
+        alone = model(idx[:, one], targets[:, one])[0]
+        torch.testing.assert_close(logits[:, one], alone, rtol=0, atol=1e-5)
+
+
+def test_a_prefix_lm_without_prompts_is_causal():
+    model, idx = scrambled(prefix_lm=True)
+    causal = scrambled()[0]
+    causal.load_state_dict(model.state_dict())
+    torch.testing.assert_close(model(idx, idx)[0], causal(idx, idx)[0], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize('pos', ['rotary', 'alibi', 'none'])
 def test_positions_that_are_not_learned_go_beyond_the_trained_length(pos):
     model, _ = scrambled(pos=pos)

@@ -155,6 +155,21 @@ def test_a_chat_goes_on_from_what_was_said(project, flags):
         context = want
 
 
+def test_a_prefix_lm_answers_each_line_of_a_chat_by_itself(project):
+    flags = ['--prefix_lm=True', '--mask_before_token= ', '--mask_per_line=False', '--max_iters=2']
+    project.run('train.py', *TINY, *flags, '--out_dir=out-prefix')
+    chat = ['--out_dir=out-prefix', '--interactive=True', '--max_new_tokens=3', '--temperature=0']
+    said = ['to be', 'or', 'to be']
+    out = project.run('sample.py', '--device=cpu', *chat, input='\n'.join(said) + '\n').stdout
+    replies = [reply[:-1] for reply in out.split('> ')[1:4]]
+    model, loaded = weights.open_model(str(project.path / 'out-prefix' / 'ckpt.pt'))
+    tokenizer = from_meta(loaded['meta'])
+    for line, reply in zip(said, replies):
+        prompt = torch.tensor([tokenizer.encode(line)])
+        text = model.eval().generate(prompt, 3, temperature=0)[0].tolist()
+        assert tokenizer.decode(text) == line + reply
+
+
 def test_streamed_text_has_whole_characters_and_no_beginnings_of_stops():
     """The function of sample.py by itself, on a tokenizer of bytes."""
     source = (ROOT / 'sample.py').read_text(encoding='utf-8')
