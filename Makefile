@@ -9,10 +9,7 @@ ARGS ?=
 NGPUS ?=
 # The overlays of a recipe without a GPU, and with one. Loaded weights have sizes of their own.
 LINES = calculator reverser wordcalc
-ifeq ($(notdir $(CONFIG)),train_calculator.py)
-OVERLAY ?= config/cpu_lines.py config/modern.py config/beyond.py
-GPU_OVERLAY ?= config/modern.py config/beyond.py
-else ifneq ($(filter $(LINES:%=train_%.py),$(notdir $(CONFIG))),)
+ifneq ($(filter $(LINES:%=train_%.py),$(notdir $(CONFIG))),)
 OVERLAY ?= config/cpu_lines.py config/modern.py
 GPU_OVERLAY ?= config/modern.py
 else ifeq ($(notdir $(CONFIG)),train_shakespeare_char.py)

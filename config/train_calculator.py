@@ -1,6 +1,6 @@
 # Train a GPT that computes: 2+4-8*10=-74.
 #   hardware   one GPU; two CPU cores with config/cpu_lines.py before modern.py, six minutes
-#   launch     python train.py config/train_calculator.py config/modern.py config/beyond.py
+#   launch     python train.py config/train_calculator.py config/modern.py
 #   before     python data/calculator/prepare.py
 #   after      python eval.py --out_dir=out-calculator; python sample.py config/sample_calculator.py
 
@@ -12,6 +12,7 @@ wandb_run_name = 'calculator'
 
 dataset = 'calculator'
 mask_before_token = '='  # only the answers are learned
+prefix_lm = True  # questions are read in both directions, and each line by itself
 align_to_lines = True
 _processes = int(os.environ.get('WORLD_SIZE', 1))  # they share the 128 sequences
 gradient_accumulation_steps = _processes

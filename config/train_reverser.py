@@ -12,6 +12,7 @@ wandb_run_name = 'reverser'
 
 dataset = 'reverser'
 mask_before_token = '='  # only the answers are learned
+prefix_lm = True  # questions are read in both directions, and each line by itself
 align_to_lines = True
 _processes = int(os.environ.get('WORLD_SIZE', 1))  # they share the 128 sequences
 gradient_accumulation_steps = _processes
@@ -26,13 +27,10 @@ dropout = 0.0  # the data never repeat
 
 learning_rate = 5e-4
 # with config/modern.py: twice the defaults of muon.py at the width of config/cpu_lines.py
-matrix_lr = 0.04
-embed_lr = 0.98
-head_lr = 0.02
-max_iters = 2600
+max_iters = 2000
 lr_decay_iters = max_iters
 min_lr = 5e-5
 warmup_iters = 100
-eval_interval = 650
+eval_interval = 500
 eval_iters = 5 * _processes  # a rough estimate; eval.py counts right answers
 log_interval = 10

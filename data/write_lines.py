@@ -20,13 +20,12 @@ def letters(words):
     return rows.view(np.uint8).reshape(len(words), -1)
 
 
-def write_lines(folder, make, num_examples, seed, keep_in_train=None):
+def write_lines(folder, make, num_examples, seed):
     """
     Write num_examples lines of question, = and answer: input.txt (first the lines of train),
     train.bin, val.bin and meta.pkl. The same arguments give the same files.
 
     make: function(rng, n) -> (questions, answers), at most n rows of ASCII bytes (uint8), 0 is none
-    keep_in_train: function(rng, questions) -> bool (n,): the others are only for val; None: all
     """
     if seed < 0:
         raise UserError(f'seed={seed} must not be negative')
@@ -39,7 +38,7 @@ def write_lines(folder, make, num_examples, seed, keep_in_train=None):
     paths = {split: os.path.join(folder, f'{split}.txt.partial') for split in SPLITS}
     try:
         with open(paths['train'], 'wb') as train, open(paths['val'], 'wb') as val:
-            for rows, held_out in draw(make, num_examples, seed, keep_in_train):
+            for rows, held_out in draw(make, num_examples, seed):
                 train.write(text_of(rows[~held_out]))
                 val.write(text_of(rows[held_out]))
         texts = {split: np.fromfile(path, dtype=np.uint8) for split, path in paths.items()}
@@ -57,7 +56,7 @@ def write_lines(folder, make, num_examples, seed, keep_in_train=None):
     write_whole(os.path.join(folder, 'input.txt'), write_texts)
 
 
-def draw(make, num_examples, seed, keep_in_train):
+def draw(make, num_examples, seed):
     """
     Yield num_examples lines in batches: rows of bytes (n, W), and which of them are val (n,).
 
@@ -77,10 +76,7 @@ def draw(make, num_examples, seed, keep_in_train):
             asked = text_of(np.hstack([questions, newlines])).splitlines()
             checksums = np.array([zlib.crc32(question) for question in asked])
             held_out = checksums < VAL_SHARE * 2**32
-            usable = lengths <= LONGEST
-            if keep_in_train is not None:
-                usable &= held_out | keep_in_train(rng, questions)
-            keep = np.flatnonzero(usable)[:left]
+            keep = np.flatnonzero(lengths <= LONGEST)[:left]
             yield rows[keep], held_out[keep]
             left -= len(keep)
             bar.update(len(keep))

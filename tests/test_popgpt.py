@@ -303,8 +303,7 @@ def make(tmp_path):
 
 
 RULES = [
-    ('calculator', ['cpu_lines', 'modern', 'beyond'], ['modern', 'beyond']),
-    ('wordcalc', ['cpu_lines', 'modern'], ['modern']),
+    ('calculator', ['cpu_lines', 'modern'], ['modern']),
     ('shakespeare_char', ['cpu', 'modern', 'beyond'], ['modern', 'short']),
     ('gpt2', ['cpu'], []),
 ]
@@ -332,5 +331,5 @@ def test_make_launches_two_processes_without_a_gpu(make):
     (line,) = make(0, 'train', 'CONFIG=config/train_calculator.py', 'NGPUS=2')
     assert line == (
         'torchrun --standalone --nproc_per_node=2 train.py config/train_calculator.py '
-        'config/cpu_lines.py config/modern.py config/beyond.py'
+        'config/cpu_lines.py config/modern.py'
     )

@@ -21,7 +21,6 @@ max_operations = 2  # operations in an expression at most, 1 or 2
 max_digits = 3  # digits before the point at most, 1 to 6
 max_places = 4  # digits after it at most, 0 to 4; three in five numbers are integers
 operators = '++--*/'  # each equally often, so + and - are twice as frequent as * and /
-train_products = 0.25  # share of the lines with * or / that train keeps; val keeps all
 if __name__ == '__main__':
     config, _ = configure(globals())
 
@@ -109,12 +108,6 @@ def make(rng, n):
     return questions[keep], written(values)[keep]
 
 
-def keep_in_train(rng, questions):
-    """Which lines train keeps: a small model learns sums sooner among fewer products."""
-    has_product = np.isin(questions, [ord('*'), ord('/')]).any(axis=1)
-    return ~has_product | (rng.random(len(questions)) < train_products)
-
-
 def kinds(question):
     """[(column, kind)] under which eval.py counts this question."""
     parts = re.findall(r'(-?\d+(?:\.\d+)?)([-+*/]?)', question)
@@ -152,6 +145,4 @@ if __name__ == '__main__':
             raise UserError(f'{name}={config[name]} must be from {least} to {most}')
     if not operators or set(operators) - set('+-*/'):
         raise UserError(f'operators={operators!r} must be some of + - * /')
-    if not 0 < train_products <= 1:
-        raise UserError(f'train_products={train_products} must be above 0 and at most 1')
-    write_lines(HERE, make, num_examples, seed, keep_in_train=keep_in_train)
+    write_lines(HERE, make, num_examples, seed)
