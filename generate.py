@@ -58,8 +58,8 @@ class KVCache:
         held = last - (last - torch.arange(self.span, device=at.device)) % self.size
         distance = at[:, None] - held  # (T, span)
         # an empty column sees itself: a row of -inf alone would give nan
-        earlier = (distance >= 0) | self.config.prefix_lm
-        seen = earlier & (held >= self.pad[:, None, None]) | (distance == 0)  # (B, T, span)
+        allowed = (distance >= 0) | self.config.prefix_lm  # whose prompts see all of themselves
+        seen = allowed & (held >= self.pad[:, None, None]) | (distance == 0)  # (B, T, span)
         bias = torch.zeros(seen.shape, device=at.device).masked_fill(~seen, float('-inf'))[:, None]
         if self.config.pos == 'alibi':
             bias = bias + alibi(distance, self.config.n_head)

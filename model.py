@@ -35,7 +35,7 @@ class GPTConfig:
     logit_cap: float = 0.0  # bound logits to logit_cap * tanh(logits / logit_cap), 0.0: no bound
     n_kv_head: int | None = None  # heads of keys and values (Ainslie et al. 2023), None: n_head
     token_shift: bool = False  # a block reads half of the token before (Peng et al. 2023)
-    prefix_lm: bool = False  # prompts see all of themselves (Raffel et al. 2020), masked data only
+    prefix_lm: bool = False  # read prompts in both directions (Raffel et al. 2020)
     init: str = 'gpt2'  # or 'zero_proj': residual projections and an untied head start at zero
     lora_rank: int = 0  # train only corrections of this rank (Hu et al. 2021), 0: all weights
 
@@ -106,18 +106,19 @@ def alibi(distance, n_head):
     return bias.masked_fill(distance < 0, float('-inf'))
 
 
-def prefix_bias(targets):
+def prefix_bias(idx, targets):
     """
-    What a prefix LM adds to the scores (B, 1, T, T), Raffel et al. 2020: 0 or -inf. The tokens of a
-    prompt, which are no targets, see all of it. Examples in a row of targets (B, T) do not see each
-    other.
+    What a prefix LM adds to the scores (B, 1, T, T), Raffel et al. 2020: 0 or -inf. A prompt, the
+    tokens that are no targets, sees all of itself; an answer sees its prompt and what comes before
+    in it. The next prompt begins a new example. Without targets everything is one prompt.
     """
-    T = targets.size(1)
-    answer = F.pad((targets >= 0).int(), (1, -1))  # (B, T): 1 for tokens that were targets
-    example = (answer < F.pad(answer, (1, -1))).cumsum(dim=1)  # an answer ends it
-    causal = torch.ones(T, T, dtype=torch.bool, device=targets.device).tril()
-    seen = (causal | (answer == 0)[:, None]) & (example[:, :, None] == example[:, None])
-    return torch.zeros(seen.shape, device=targets.device).masked_fill(~seen, float('-inf'))[:, None]
+    T = idx.size(1)
+    learned = torch.zeros_like(idx, dtype=torch.bool) if targets is None else targets >= 0
+    prompt = F.pad(~learned, (1, -1), value=True)  # (B, T): the first token is never a target
+    example = (prompt & ~F.pad(prompt, (1, -1))).cumsum(dim=1)
+    causal = torch.ones(T, T, dtype=torch.bool, device=idx.device).tril()
+    seen = (causal | prompt[:, None]) & (example[:, :, None] == example[:, None])
+    return torch.zeros(seen.shape, device=idx.device).masked_fill(~seen, float('-inf'))[:, None]
 
 
 class CausalSelfAttention(nn.Module):
@@ -249,7 +250,8 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None, cache=None):
         """
-        idx, targets: (B, T) int64 token ids; targets of -1 do not count
+        idx, targets: (B, T) int64 token ids; targets of -1 do not count, and prefix_lm takes their
+            tokens for prompts
         cache: a KV cache (generate.py) of the tokens before idx, which is extended by idx
 
         Returns (logits, loss). With targets: the logits (B, T, vocab_size), None with loss_chunk or
@@ -271,8 +273,7 @@ class GPT(nn.Module):
             distance = at[:, None] - at  # (T, T), queries x keys
             attn_bias = alibi(distance, cfg.n_head).to(x.dtype)
         if cfg.prefix_lm and cache is None:
-            prompts = torch.full_like(idx, -1) if targets is None else targets
-            attn_bias = prefix_bias(prompts).to(x.dtype)
+            attn_bias = prefix_bias(idx, targets).to(x.dtype)
         if cfg.embed_norm:
             x = self.transformer.ln_e(x)
         x = cpu.dropout(x, cfg.dropout, self.training)

@@ -149,7 +149,7 @@ inputs = block_size, batch_size, model.config.vocab_size, seed, lines, rank, wor
 train_data = Loader(train_bin, *inputs)
 val_data = Loader(os.path.join(data_dir, 'val.bin'), *inputs)
 if model.config.prefix_lm and not train_data.masked:
-    fail('prefix_lm=True needs prompts; set --mask_before_token to the token that ends them')
+    fail('prefix_lm=True needs prompts: --mask_before_token=..., or add --prefix_lm=False')
 print0(runlog.describe_data(dataset, train_data, val_data, tokens_per_iter))
 notes = compile, too_short, cuda_graph, world_size, fsdp
 print0(runlog.describe_model(model, device, dtype, *notes))

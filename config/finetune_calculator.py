@@ -12,6 +12,7 @@ wandb_run_name = 'calculator-finetuned'
 
 dataset = 'calculator'
 mask_before_token = '='  # only the answers are learned
+prefix_lm = True  # questions are read in both directions, and each line by itself
 align_to_lines = True
 _processes = int(os.environ.get('WORLD_SIZE', 1))  # they share the 24 sequences
 gradient_accumulation_steps = _processes

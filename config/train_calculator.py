@@ -23,7 +23,7 @@ block_size = 64  # 128 * 64 = 8192 tokens per iteration; no line is longer
 n_layer = 4
 n_head = 4
 n_embd = 256
-dropout = 0.0  # 18000 * 8192 tokens are 4.6 epochs; config/modern.py halves that
+dropout = 0.0  # 18000 * 8192 tokens are 4.3 epochs; config/modern.py halves that
 
 learning_rate = 5e-4
 max_iters = 18000

@@ -26,7 +26,6 @@ n_embd = 256
 dropout = 0.0  # the data never repeat
 
 learning_rate = 5e-4
-# with config/modern.py: twice the defaults of muon.py at the width of config/cpu_lines.py
 max_iters = 2000
 lr_decay_iters = max_iters
 min_lr = 5e-5

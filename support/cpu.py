@@ -68,7 +68,7 @@ def explicit_attention_is_faster(q, p):
 
 
 def attention(q, k, v, bias, p):
-    """Causal attention, as scaled_dot_product_attention. bias: added to scores, with the mask."""
+    """scaled_dot_product_attention. bias: added to scores, with the mask; None: causal."""
     if bias is None:
         T = q.size(2)
         bias = torch.full((T, T), float('-inf')).triu(1)

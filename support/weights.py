@@ -112,6 +112,8 @@ def trained_model(init_from, own, config, given, data_dir):
         lora_rank = None  # the checkpoint's
     model, checkpoint = open_model(source, lora_rank, config['dropout'])
     check_tokenizer(checkpoint, source, data_dir)
+    if init_from != 'resume' and 'prefix_lm' in given:  # which has no weights
+        model.config = replace(model.config, prefix_lm=config['prefix_lm'])
     fit_sizes(model, asked_sizes(config, given), source, given)
     return model, checkpoint
 

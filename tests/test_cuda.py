@@ -263,11 +263,16 @@ def texts(model, prompts, n, **options):
     return torch.stack(list(stream(model, prompts, n, **options)), dim=1).tolist()
 
 
-NETWORKS = [dict(), dict(pos='alibi', n_kv_head=2, token_shift=True), MODERN]
+NETWORKS = [
+    dict(),
+    dict(pos='alibi', n_kv_head=2, token_shift=True),
+    MODERN,
+    {**MODERN, 'prefix_lm': True},
+]
 
 
 @pytest.mark.parametrize('options', OPTIONS, ids=str)
-@pytest.mark.parametrize('sizes', NETWORKS, ids=['gpt2', 'alibi', 'modern'])
+@pytest.mark.parametrize('sizes', NETWORKS, ids=['gpt2', 'alibi', 'modern', 'prefix'])
 def test_replayed_steps_make_the_same_texts(sizes, options):
     """
     Prompts of unequal length, ten samples each, longer than block_size. The tokens equal those of

@@ -168,6 +168,16 @@ def test_bad_lines_are_one_line_errors(sums):
     assert "does not support pos='alibi'" in sums.error('train.py', *LINES, *flags)
 
 
+def test_other_weights_may_become_a_prefix_lm_but_a_run_may_not(sums):
+    sums.run('train.py', *LINES, '--max_iters=1', '--out_dir=out-causal')
+    flags = [*LINES, '--max_iters=2', '--prefix_lm=True']
+    sums.run('train.py', *flags, '--init_from=out-causal', '--out_dir=out-both-ways')
+    path = sums.path / 'out-both-ways' / 'ckpt.pt'
+    assert torch.load(path, weights_only=True)['model_args']['prefix_lm']
+    said = sums.error('train.py', *flags, '--init_from=resume', '--out_dir=out-causal')
+    assert 'add --prefix_lm=False' in said
+
+
 def test_targets_weigh_the_same_in_every_micro_batch(sums):
     """Micro-batches with different numbers of targets give the weights of one whole batch."""
     flags = ['--max_iters=1', '--mask_per_line=True', '--align_to_lines=False', '--block_size=5']
